@@ -1,0 +1,168 @@
+"""The keys of the YAML that describes an experiment, their types, bounds and defaults (pydantic)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rgb = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+
+
+class DataConfig(Section):
+    source: str | None = None
+    val_source: str | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    view: Literal["crop", "squash"] = "crop"
+    rows: Literal["all", "cached"] = "all"
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    permute_targets: bool = False  # the control `shuffled-cache`
+
+
+class ScaleConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    layer: int
+    grid: Positive
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, name: str) -> str:
+        if name in {"global", "state"} or name.endswith(("_steps", "_basis", "_mean")):
+            raise ValueError("this name is used by the cache itself")
+        return name
+
+
+def _default_scales() -> list[ScaleConfig]:
+    return [
+        ScaleConfig(name="fine", layer=-1, grid=14),
+        ScaleConfig(name="mid", layer=8, grid=7),
+        ScaleConfig(name="coarse", layer=4, grid=7),
+    ]
+
+
+class TeacherConfig(Section):
+    name: str = "vit_base_patch16_dinov3.lvd1689m"
+    model_args: dict[str, Any] = {}
+    checkpoint: Path | None = None
+    random_weights: bool = False
+    mean: Rgb | None = None
+    std: Rgb | None = None
+    calibration_rows: Positive = 8192
+    image_size: Positive = 224
+    batch_size: Positive = 256
+    pca: Positive | None = 256
+    dtype: Literal["int8", "int8_token", "float16"] = "int8"
+    scales: Annotated[list[ScaleConfig], Field(min_length=1)] = Field(default_factory=_default_scales)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TeacherConfig:
+        names = [scale.name for scale in self.scales]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two scales share a name: {', '.join(names)}")
+        if self.random_weights and self.checkpoint is not None:
+            raise ValueError("random_weights and checkpoint exclude each other: remove one")
+        return self
+
+
+class StudentConfig(Section):
+    name: str = "vit_tiny_patch16_224"
+    patch: Positive = 16
+    depth: Positive = 12
+    text_width: Positive = 256
+    text_layers: Positive = 2
+
+
+class PartsConfig(Section):
+    """Which parts exist; set by configs/fusion/*.yaml."""
+
+    student: bool = True
+    pyramid: bool = True
+    attention: bool = True
+    refiner: bool = True
+    text_side: bool = True
+    gate: bool = True
+
+
+class GateConfig(Section):
+    hidden: Positive = 128
+
+
+class ModelConfig(Section):
+    trunk: str | dict[str, Any] = "RN50"
+    image_size: Positive = 224
+    student: StudentConfig = StudentConfig()
+    fusion: str = "full"
+    parts: PartsConfig = PartsConfig()
+    gate: GateConfig = GateConfig()
+
+
+class TrainConfig(Section):
+    method: str = "dinorankclip"
+    order: Annotated[int, Field(ge=0)] = 3
+    transition_depth: Positive = 32
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    epochs: Positive = 30
+    max_steps: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Weight = 0.1
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    grad_clip: Weight = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 1500
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    seed: int = 0
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+    validate_every: Positive | None = 500
+    log_every: Positive = 10
+
+
+class LossConfig(Section):
+    cross: Weight = 1.0
+    in_modal: Weight = 1.0
+    ramp: Share = 0.667
+    ramp_shape: Literal["cosine", "linear"] = "cosine"
+    positions: Literal["head_tail", "uniform"] = "head_tail"
+    head_share: Share = 0.5
+    list_depth: Positive | None = None
+    transition_dim: Positive = 64
+    include_self: bool = False
+    gram: Weight = 1.0
+    rkd: Weight = 1.0
+    global_: Weight = Field(default=1.0, alias="global")
+    gate_l1: Weight = 0.01
+    conflict: Weight = 1.0
+
+
+class EvaluateConfig(Section):
+    suite: str = "full"
+    datasets: Path | None = None
+    batch_size: Positive = 256
+
+
+class Config(Section):
+    """The resolved configuration. Paths are absolute; method and fusion files have been applied."""
+
+    workspace: Path = Path("./workspace")
+    data: DataConfig = DataConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    loss: LossConfig = LossConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def dump(self) -> dict[str, Any]:
+        """Plain JSON-able values under the YAML's own names."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)

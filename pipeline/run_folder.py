@@ -1,0 +1,158 @@
+"""Where things lie: the workspace, a run's folder, and the atomic writes that both are made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.errors import PipeError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One trained model's folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def finished(self) -> bool:
+        return self.weights.exists() and self.record.exists() and bool(read_json(self.record).get("finished"))
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder all commands share."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.parquet"
+
+    @property
+    def teacher(self) -> Path:
+        return self.root / "teacher.zarr"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def embeddings(self) -> Path:
+        return self.root / "embeddings"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    def run(self, name: str) -> RunFolder:
+        """The folder of run `name`; a name is one path component, so that it cannot leave the workspace."""
+        if not name or name in {".", ".."} or any(c in name for c in '/\\:*?"<>|\0'):
+            raise PipeError(
+                "this run name cannot be a folder name", where=repr(name), fix="use letters, digits, - and _"
+            )
+        return RunFolder(self.runs / name)
+
+    def all_runs(self) -> list[RunFolder]:
+        """Run folders that hold a record, by name."""
+        if not self.runs.is_dir():
+            return []
+        return [RunFolder(p) for p in sorted(self.runs.iterdir()) if (p / "record.json").exists()]
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` so that a reader sees the old file or the whole new one, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PipeError(
+            f"cannot write: {error.strerror}", where=path, fix="free some space or fix the permissions"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic, sorted, human-readable JSON; NaN is refused because no other reader accepts it."""
+    write_bytes(
+        path, (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Parse `path`; a missing or broken file is one clear line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PipeError("no such file", where=path) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PipeError(f"not valid JSON ({error})", where=path) from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_version() -> str:
+    """The package's version, with the commit where the code runs from a checkout (`0.1.0+1a2b3c4` or `…-dirty`)."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return __version__
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{found}"

@@ -1,0 +1,1 @@
+"""The commands of `pipe`, one file each; nothing here is meant to be imported by other programs."""

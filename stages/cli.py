@@ -1,0 +1,198 @@
+"""`pipe`: the Typer app. Heavy imports stay inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+RESUMABLE = 75  # EX_TEMPFAIL: the same command goes on where this one stopped
+
+app = typer.Typer(
+    name="pipe",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Train CLIP with a cached DINOv3 teacher and a high-order ranking loss (DINORANKCLIP, arXiv 2605.06592).",
+    epilog="In order: pipe init, index, extract-teacher, train, evaluate. No data at hand: pipe demo.",
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="The YAML; else $PIPE_CONFIG, else ./pipe.yaml."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set train.lr=3e-4; repeatable."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def friendly(command: Command) -> Command:
+    """Turn every way in which a command can end into one line and the right exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        from pipeline.console import setup_logging
+        from pipeline.errors import PipeError, Stopped
+
+        setup_logging(logging.DEBUG if debug else logging.INFO)
+        try:
+            command(*args, debug=debug, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except BaseException as error:
+            if debug and not isinstance(error, SystemExit):
+                raise
+            if isinstance(error, PipeError):
+                _fail(str(error))
+            if isinstance(error, Stopped):
+                typer.echo(f"stopped: {error}; the same command goes on from here", err=True)
+                raise typer.Exit(RESUMABLE) from None
+            if isinstance(error, KeyboardInterrupt):
+                typer.echo("stopped: the same command goes on from here", err=True)
+                raise typer.Exit(RESUMABLE) from None
+            if isinstance(error, BrokenPipeError):  # `pipe evaluate | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(1) from None
+            if isinstance(error, OSError):
+                _fail(f"{error.strerror or error}" + (f", {error.filename}" if error.filename else ""))
+            if isinstance(error, Exception):
+                _fail(f"unexpected {type(error).__name__}: {error}; please report it with the output of --debug")
+            raise
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _fail(line: str) -> None:
+    typer.echo(f"error: {' '.join(line.split())}", err=True)
+    raise typer.Exit(1)
+
+
+def load(config: Path | None, sets: list[str] | None, flags: dict[str, Any] | None = None) -> Config:
+    """The resolved configuration of --config, else $PIPE_CONFIG, else ./pipe.yaml."""
+    from pipeline.config import load_config
+    from pipeline.errors import PipeError
+
+    path = config or Path(os.environ.get("PIPE_CONFIG") or "pipe.yaml")
+    if not path.exists():
+        raise PipeError("there is no such config file", where=path, fix="write one: pipe init --data SOURCE")
+    return load_config(path.absolute(), flags=flags, sets=sets or [])
+
+
+@app.command()
+@friendly
+def init(
+    data: Annotated[
+        str, typer.Option("--data", metavar="SOURCE", help="Folder, glob or brace range of tars; CSV; TSV.")
+    ],
+    preset: Annotated[str, typer.Option("--preset", metavar="NAME", help="A file of configs/: cc3m, small.")] = "cc3m",
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write it.")] = Path("pipe.yaml"),
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a config file for a data source."""
+    from stages import init as stage
+
+    stage.run(data, preset=preset, sets=sets or [], out=out)
+
+
+@app.command()
+@friendly
+def index(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
+    """List every image and caption of the data source in a manifest."""
+    settings = load(config, sets)
+    from stages import index as stage
+
+    stage.run(settings)
+
+
+@app.command("extract-teacher")
+@friendly
+def extract_teacher(
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="ROWS", help="Only the first rows.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Stage one: run the frozen teacher once over every image and store its features."""
+    settings = load(config, sets)
+    from stages import extract_teacher as stage
+
+    stage.run(settings, limit=limit)
+
+
+@app.command()
+@friendly
+def train(
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    order: Annotated[
+        int | None, typer.Option("--order", min=0, help="0: CLIP, 1: RankCLIP, 2 and more: transitions.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="clip, rankclip or dinorankclip.")] = None,
+    fusion: Annotated[
+        str | None,
+        typer.Option(
+            "--fusion",
+            help="full, none, no-pyramid, no-attention, no-refiner, image-only, no-gate, no-distill, shuffled-cache.",
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="RUN", help="The run's folder name.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Stage two: train a model on images, captions and the cached teacher features."""
+    flags = {"train.order": order, "train.method": method, "model.fusion": fusion}
+    settings = load(config, sets, flags)
+    from stages import train as stage
+
+    stage.run(settings, name=name, resume=resume)
+
+
+@app.command()
+@friendly
+def evaluate(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs by name; default: all finished.")
+    ] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    suite: Annotated[str | None, typer.Option("--suite", metavar="NAME", help="A file of configs/suites.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure runs and write tables, figures and a report."""
+    settings = load(config, sets, {"evaluate.suite": suite})
+    from stages import evaluate as stage
+
+    stage.run(settings, runs=runs or [], as_json=as_json)
+
+
+@app.command()
+@friendly
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A workspace of its own.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only: does everything run?")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """All of it on generated scenes: from images to a report, on a laptop, in minutes."""
+    from stages import demo as stage
+
+    stage.run(out, quick=quick)
+
+
+if __name__ == "__main__":
+    app()
