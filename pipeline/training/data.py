@@ -1,0 +1,130 @@
+"""Batches for training: image, caption and cached teacher row read together, in one worker, by one row number.
+
+B: pairs in this process's batch; L: context length; C: components of a scale; g²: its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.cache.reader import Cache
+from pipeline.data.samples import SampleError, SampleReader
+from pipeline.data.views import Preprocess
+from pipeline.training.sampler import Step, caption_choice
+
+
+@dataclass
+class Batch:
+    """One process's share of a batch; rows that could not be read are left out and named in `failed`."""
+
+    step: int
+    epoch: int
+    rows: Tensor  # (B,) int64
+    images: Tensor  # (B, 3, H, W) float32, normalised for the trunk
+    tokens: Tensor  # (B, L) int64
+    targets: dict[str, Tensor] | None  # as stored: scale (B, g², C) int8 or float16, global (B, C) float16
+    failed: list[tuple[int, str]] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        targets = None if self.targets is None else {k: v.pin_memory() for k, v in self.targets.items()}
+        return Batch(
+            self.step, self.epoch, self.rows, self.images.pin_memory(), self.tokens.pin_memory(), targets, self.failed
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """Copies to `device`; the cached targets cross as they are stored (int8) and are scaled there."""
+        move: Callable[[Tensor], Tensor] = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        targets = None if self.targets is None else {k: move(v) for k, v in self.targets.items()}
+        return Batch(self.step, self.epoch, self.rows, move(self.images), move(self.tokens), targets, self.failed)
+
+
+class PairDataset(Dataset[Batch]):
+    """Turns a `Step` into a `Batch`. Everything is a function of the step, so workers need no random state.
+
+    Args:
+        target_rows: (manifest rows,) int64, the cache row to read for each row (the identity, except in the
+            control that permutes targets); None trains without a cache.
+    """
+
+    def __init__(
+        self,
+        samples: SampleReader,
+        preprocess: Preprocess,
+        tokenizer: Callable[[list[str]], Tensor],
+        *,
+        cache: Cache | None = None,
+        target_rows: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.samples, self.preprocess, self.tokenizer = samples, preprocess, tokenizer
+        self.cache, self.target_rows, self.seed = cache, target_rows, seed
+
+    def __getitem__(self, step: Step) -> Batch:  # type: ignore[override]
+        images, captions, rows, failed = [], [], [], []
+        for row in step.rows.tolist():
+            try:
+                image, of_row = self.samples.read(row)
+                images.append(self.preprocess(image))
+            except SampleError as error:
+                failed.append((row, str(error)))
+                continue
+            captions.append(of_row[caption_choice(self.seed, step.epoch, row, len(of_row))])
+            rows.append(row)
+        size = self.preprocess.view.size
+        return Batch(
+            step=step.step,
+            epoch=step.epoch,
+            rows=torch.tensor(rows, dtype=torch.int64),
+            images=torch.stack(images) if images else torch.empty(0, 3, size, size),
+            tokens=self.tokenizer(captions) if captions else torch.empty(0, 1, dtype=torch.int64),
+            targets=self._targets(np.array(rows, dtype=np.int64)),
+            failed=failed,
+        )
+
+    def _targets(self, rows: np.ndarray) -> dict[str, Tensor] | None:
+        if self.cache is None:
+            return None
+        stored = self.cache.read_raw(rows if self.target_rows is None else self.target_rows[rows])
+        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in stored.items()}
+
+
+def permuted_rows(rows: np.ndarray, *, manifest_rows: int, seed: int) -> np.ndarray:
+    """(manifest_rows,) int64: one seeded permutation among `rows`, the identity elsewhere (control shuffled-cache)."""
+    target = np.arange(manifest_rows, dtype=np.int64)
+    target[rows] = np.random.default_rng([seed, 0x5F]).permutation(rows)
+    return target
+
+
+def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
+    """Batches in the order of `steps`, read ahead by `workers` processes (0: in this one)."""
+    return iter(
+        DataLoader(
+            dataset,
+            sampler=_Steps(steps),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if workers else None,
+        )
+    )
+
+
+class _Steps:
+    """An iterable without a length: DataLoader asks a sampler for one only where it needs it."""
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

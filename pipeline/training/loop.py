@@ -1,0 +1,198 @@
+"""The training loop, one step readable top to bottom."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from pipeline.console import Progress, log, progress
+from pipeline.errors import PipeError, Stopped
+from pipeline.run_folder import RunFolder
+from pipeline.training.checkpoint import State, checkpoints, save_checkpoint
+from pipeline.training.data import Batch
+from pipeline.training.schedule import learning_rate
+from pipeline.training.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs to know besides model and data; one field per key of the config's `train`."""
+
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+    lr: float
+    warmup_steps: int
+    grad_clip: float
+    seed: int
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    validate_every: int | None
+
+
+@dataclass
+class Training:
+    """One run in progress. `objective` and `optimizer` are Accelerate's prepared ones."""
+
+    accelerator: Accelerator
+    objective: nn.Module
+    optimizer: Any
+    settings: LoopSettings
+    folder: RunFolder
+    config: dict[str, Any]
+    step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def bare(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.objective)
+
+    def run(self, batches: Iterator[Batch], validate: Callable[[], dict[str, float]]) -> None:
+        """Train from `self.step` to the end; on a signal, save and raise `Stopped`.
+
+        Args:
+            batches: this process's batches, from step `self.step` on.
+            validate: called by every process; its figures are logged under val/.
+        """
+        total, shown = self.settings.total_steps, self.accelerator.is_main_process
+        log_to = Tracker(self.folder if shown else None)
+        with log_to as tracker, _signals() as stop, _bar(total * self.settings.batch_size, self.samples, shown) as bar:
+            clock = _Clock(self.seconds)
+            while self.step < total:
+                batch = next(batches)
+                logs = self._step(batch)
+                self.seconds = clock.now()
+                bar.advance(self.settings.batch_size)
+                self._after_step(batch, logs, tracker, bar)
+                if self._due(self.settings.validate_every):
+                    figures = validate()
+                    clock.started += clock.now() - self.seconds  # validation is not training time
+                    self._write(tracker, {f"val/{key}": value for key, value in figures.items()})
+                stopping = self._any_process(stop())
+                if stopping or self._due(self.settings.checkpoint_every):
+                    self.save()
+                if stopping:
+                    raise Stopped(f"training at step {self.step:,} of {total:,} (go on with --resume)")
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        """Forward, backward, clip, update: the whole of it."""
+        settings, detailed = self.settings, self._logs_at(self.step + 1)
+        if not len(batch.rows):
+            raise PipeError(
+                "no image of a whole batch could be read", where=f"step {self.step}", fix="run pipe index again"
+            )
+        # Any random choice inside the model (dropout) is a function of the step, which makes a resume exact.
+        torch.manual_seed(hash((settings.seed, self.step, self.accelerator.process_index)) & 0x7FFFFFFF)
+        self.bare.log_details = detailed  # type: ignore[assignment]
+        rate = learning_rate(
+            self.step, total_steps=settings.total_steps, warmup_steps=settings.warmup_steps, peak=settings.lr
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        batch = batch.to(self.accelerator.device)
+        loss, logs = self.objective(batch.images, batch.tokens, batch.targets, self.step / settings.total_steps)
+        self.accelerator.backward(loss)
+        limit = settings.grad_clip if settings.grad_clip > 0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+        self._refuse_nan(loss, batch)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.samples += settings.batch_size
+        return {"loss": loss.detach(), "grad_norm": torch.as_tensor(norm).detach(), "lr": torch.tensor(rate), **logs}
+
+    def _after_step(self, batch: Batch, logs: dict[str, Tensor], tracker: Tracker, bar: Progress) -> None:
+        for row, reason in batch.failed:
+            self.samples -= 1
+            log.warning("skipped row %d: %s", row, reason)
+        if self._logs_at(self.step):
+            values = {f"train/{key}": float(value) for key, value in logs.items()}
+            bar.note(f"loss {values['train/loss']:.3f}")
+            self._write(tracker, values)
+
+    def _write(self, tracker: Tracker, values: dict[str, float]) -> None:
+        epoch = self.step / self.settings.steps_per_epoch
+        tracker.write(step=self.step, samples=self.samples, epoch=epoch, seconds=self.seconds, values=values)
+
+    def _logs_at(self, step: int) -> bool:
+        return step % self.settings.log_every == 0 or step == 1 or step == self.settings.total_steps
+
+    def _due(self, every: int | None) -> bool:
+        return self.step == self.settings.total_steps or (every is not None and self.step % every == 0)
+
+    def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        last = checkpoints(self.folder.checkpoints)
+        rows = ", ".join(str(row) for row in batch.rows[:8].tolist())
+        raise PipeError(
+            f"the loss is {float(loss)} at step {self.step}",
+            where=f"rows {rows}, …",
+            fix=f"last good checkpoint: {last[-1] if last else 'none'}; lower train.lr or use train.precision=no",
+        )
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether any process was asked to stop: all must save together."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        asked = torch.tensor([float(flag)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, reduction="sum").item() > 0)
+
+    def save(self) -> None:
+        """Checkpoint from the main process; the others wait."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+            state = State(self.step, self.samples, self.seconds, self.accelerator.num_processes, scaler, self.config)
+            save_checkpoint(
+                self.folder.checkpoints, state, self.bare, self.optimizer.optimizer, keep=self.settings.keep_checkpoints
+            )
+        self.accelerator.wait_for_everyone()
+
+
+class _Clock:
+    """Seconds spent, counted on from an earlier session."""
+
+    def __init__(self, already: float) -> None:
+        self.started = time.monotonic() - already
+
+    def now(self) -> float:
+        return time.monotonic() - self.started
+
+
+@contextmanager
+def _bar(total: int, done: int, shown: bool) -> Iterator[Progress]:
+    if not shown:
+        yield Progress("training", total, "pairs")
+        return
+    with progress("training", total=total - done, unit="pairs") as bar:
+        yield bar
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT is Python's own."""
+    asked = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        log.warning("stopping after this step (signal %d)", number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

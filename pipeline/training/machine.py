@@ -1,0 +1,65 @@
+"""What this machine offers: devices, precision, workers; and what a run took of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from pipeline.console import log
+from pipeline.errors import PipeError, Stopped
+
+
+def several_gpus_alone() -> bool:
+    """Whether several GPUs are visible and no launcher has shared them out."""
+    return torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+
+
+def launch_on_all_gpus(module: str, arguments: Sequence[str]) -> None:
+    """Run `python -m module arguments` once per visible GPU and pass its end on."""
+    count = torch.cuda.device_count()
+    log.info("starting %d processes, one a GPU", count)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(count)]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run([sys.executable, *launch, "-m", module, *arguments], check=False)
+    if done.returncode in (75, -15, -2):
+        raise Stopped("training (go on with --resume)")
+    if done.returncode:
+        raise PipeError(f"a training process ended with code {done.returncode}", fix="its message stands above")
+
+
+def precision(asked: Literal["auto", "no", "bf16", "fp16"]) -> str:
+    """`auto`: bf16 where the GPU has it, fp16 on older GPUs, float32 on a CPU."""
+    if asked != "auto":
+        return asked
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def data_workers(asked: int | Literal["auto"], processes: int) -> int:
+    """Worker processes a training process; `auto`: its share of the cores on a GPU node, one on a CPU."""
+    if asked != "auto":
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(12, cores // processes - 1)) if torch.cuda.is_available() else min(1, cores - 1)
+
+
+def peak_memory() -> int:
+    """Bytes at this process's peak: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def describe() -> str:
+    """`8 × NVIDIA H100 80GB HBM3` or `x86_64 CPU, 2 threads`."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,57 @@
+"""The learning rate as a function of the step, and the parameter groups it applies to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+SLOW_SCALARS_LR_SCALE = 10.0  # gamma and beta start at 0 and Adam moves them by about lr a step
+
+
+def learning_rate(step: int, *, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear warm-up, then half a cosine down to 0 (Loshchilov & Hutter, arXiv 1608.03983; CLIP, arXiv 2103.00020).
+
+        lr(k) = peak · (k + 1) / W                                 k < W
+        lr(k) = peak · ½ (1 + cos(π (k − W) / (T − W)))            k ≥ W
+
+    Args:
+        step: k, counted from 0; the rate of the update that leads to step k + 1.
+        total_steps: T.
+        warmup_steps: W; shortened to a tenth of T where the run is too short for it.
+    """
+    warmup = min(warmup_steps, total_steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(total_steps - warmup, 1)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+    """Three groups for AdamW: decayed matrices, undecayed vectors and scalars, and γ and β at ten times the rate.
+
+    No decay on β, γ, logit_scale, norms and biases: everything with fewer than two dimensions (our reading).
+    Each group carries `lr_scale` and the `names` of its parameters, in order.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "decay": {"params": [], "names": [], "weight_decay": weight_decay, "lr_scale": 1.0},
+        "no_decay": {"params": [], "names": [], "weight_decay": 0.0, "lr_scale": 1.0},
+        "slow_scalars": {"params": [], "names": [], "weight_decay": 0.0, "lr_scale": SLOW_SCALARS_LR_SCALE},
+    }
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        kind = "slow_scalars" if is_gamma_or_beta(name) else "decay" if parameter.ndim >= 2 else "no_decay"
+        groups[kind]["params"].append(parameter)
+        groups[kind]["names"].append(name)
+    return [group for group in groups.values() if group["params"]]
+
+
+def is_gamma_or_beta(name: str) -> bool:
+    """Whether a parameter is the injection's γ or a transition's β (layer scales elsewhere are called gamma too)."""
+    parts = name.split(".")
+    if parts[-1] == "gamma":
+        return "fusion" in parts
+    return "transitions" in parts and parts[-1] in {"beta", "betas"}

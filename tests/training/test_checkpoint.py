@@ -1,0 +1,121 @@
+"""Checkpoints are whole or absent, restore exactly, and say what is wrong with a damaged one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import PipeError
+from pipeline.training import checkpoint as subject
+from pipeline.training.checkpoint import State, checkpoints, load_checkpoint, read_state, save_checkpoint
+from pipeline.training.schedule import parameter_groups
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    groups = parameter_groups(model.named_parameters(), weight_decay=0.1)
+    return model, torch.optim.AdamW(groups, lr=0.01)
+
+
+def train(model, optimizer, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        loss = model(torch.randn(16, 4, generator=generator)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def state(step):
+    return State(step=step, samples=16 * step, seconds=1.5, world_size=1, scaler={}, config={"train": {"lr": 0.01}})
+
+
+def test_a_restored_run_continues_bit_for_bit(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 5, seed=1)
+    saved = save_checkpoint(tmp_path, state(5), model, optimizer, keep=2)
+    train(model, optimizer, 5, seed=2)
+    other, other_optimizer = make(seed=9)
+    load_checkpoint(saved, other, other_optimizer)
+    train(other, other_optimizer, 5, seed=2)
+    for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_state_comes_back_as_it_was(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    assert read_state(save_checkpoint(tmp_path, state(7), model, optimizer, keep=2)) == state(7)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, state(step), model, optimizer, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
+
+
+def test_a_kill_while_saving_leaves_the_last_good_one(tmp_path, monkeypatch):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    save_checkpoint(tmp_path, state(1), model, optimizer, keep=2)
+
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subject.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, state(2), model, optimizer, keep=2)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000001"]
+    save_checkpoint(tmp_path, state(2), model, optimizer, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(subject, "save_file", full)
+    with pytest.raises(PipeError, match="cannot save a checkpoint.*No space left"):
+        save_checkpoint(tmp_path, state(1), model, optimizer, keep=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["objective.safetensors", "optimizer.safetensors"])
+def test_a_flipped_bit_is_found_before_anything_is_loaded(tmp_path, file):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    saved = save_checkpoint(tmp_path, state(1), model, optimizer, keep=2)
+    data = bytearray((saved / file).read_bytes())
+    data[-3] ^= 4
+    (saved / file).write_bytes(data)
+    with pytest.raises(PipeError, match=f"{file} is damaged"):
+        read_state(saved)
+
+
+def test_another_version_is_refused(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    saved = save_checkpoint(tmp_path, state(1), model, optimizer, keep=2)
+    body = json.loads((saved / "state.json").read_text()) | {"version": 99}
+    (saved / "state.json").write_text(json.dumps(body))
+    with pytest.raises(PipeError, match="another version"):
+        read_state(saved)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    saved = save_checkpoint(tmp_path, state(1), model, optimizer, keep=2)
+    other = nn.Linear(4, 8)
+    with pytest.raises(PipeError, match="does not fit this model"):
+        load_checkpoint(saved, other, torch.optim.AdamW(parameter_groups(other.named_parameters(), weight_decay=0)))
