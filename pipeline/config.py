@@ -90,7 +90,7 @@ def load_config(
     """
     base = path.parent if path is not None else Path.cwd()
     layers = [shipped("", preset) if preset else {}, read_yaml(path) if path is not None else {}]
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"workspace": str(base / Config().workspace)}
     for layer in layers:
         chosen = merge(chosen, _absolute_paths(layer, base))
     explicit: dict[str, Any] = {}
