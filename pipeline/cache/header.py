@@ -1,0 +1,180 @@
+"""The metadata of a cache: what `digest.json` covers, written once before any row and believed only after a check."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache import layout
+from pipeline.cache.codec import ScaleCodec
+from pipeline.cache.layout import CacheIdentity, RowArray, ScaleInfo
+from pipeline.cache.shards import with_crc, without_crc
+from pipeline.cache.store import publish, read_bytes, read_json
+from pipeline.errors import PipeError
+
+SmallArrays = dict[str, tuple[np.ndarray, tuple[str, ...]]]  # name → values, names of the axes
+
+
+@dataclass(frozen=True, eq=False)
+class CacheFit:
+    """What one process fits before any row is written.
+
+    Args:
+        codecs: how each scale is stored, steps included.
+        calibration_rows, heldout_rows: int64 manifest rows that were fitted on and scored on.
+        baselines: `<scale>_gram_mean` (T, T) and `global_mean` (C,).
+        baseline_losses, fidelity: JSON-able figures (see `baselines` and `codec.Fidelity`).
+    """
+
+    codecs: Mapping[str, ScaleCodec]
+    calibration_rows: np.ndarray
+    heldout_rows: np.ndarray
+    baselines: Mapping[str, np.ndarray]
+    baseline_losses: Mapping[str, Any]
+    fidelity: Mapping[str, Any]
+
+
+def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None) -> tuple[dict[str, Any], SmallArrays]:
+    """The group's attributes, and the small arrays with the names of their axes."""
+    if identity.rows < 1:
+        raise PipeError("the manifest has no rows", fix="run: pipe index")
+    infos: list[ScaleInfo] = []
+    small: SmallArrays = {}
+    for spec in identity.scales:
+        codec = fit.codecs[spec.name]
+        stored = (codec.components, codec.dtype, codec.width, codec.explained)
+        infos.append(ScaleInfo(spec.name, spec.layer, spec.grid, *stored))
+        if codec.basis is not None:
+            small[layout.basis_name(spec.name)] = (codec.basis.astype("<f4"), ("channel", "component"))
+        if codec.dtype == "int8":
+            if codec.steps is None:
+                raise ValueError(f"{spec.name}: int8 needs the steps of a calibration")
+            small[layout.steps_name(spec.name)] = (codec.steps.astype("<f4"), ("component",))
+        name = layout.gram_mean_name(spec.name)
+        small[name] = (fit.baselines[name].astype("<f4"), ("token", "token_too"))
+    small[layout.GLOBAL_MEAN] = (fit.baselines[layout.GLOBAL_MEAN].astype("<f4"), ("channel",))
+    small[layout.CALIBRATION_ROWS] = (fit.calibration_rows.astype("<i8"), ("entry",))
+    small[layout.HELDOUT_ROWS] = (fit.heldout_rows.astype("<i8"), ("entry",))
+    arrays = layout.row_arrays(infos, identity.global_width)
+    row_bytes = sum(array.row_bytes for array in arrays)
+    attributes = identity.to_json() | {
+        "format": layout.FORMAT,
+        "version": layout.VERSION,
+        "shard_rows": shard_rows or layout.auto_shard_rows(row_bytes, identity.rows),
+        "scales": [asdict(info) for info in infos],
+        "baseline_losses": dict(fit.baseline_losses),
+        "fidelity": dict(fit.fidelity),
+    }
+    return attributes, small
+
+
+def write_header(path: Path, attributes: dict[str, Any], small: SmallArrays) -> None:
+    """All metadata; `digest.json` last: without it the folder is not a cache and is set up anew."""
+    rows, shard_rows, written = attributes["rows"], attributes["shard_rows"], []
+
+    def write(name: str, data: bytes) -> None:
+        publish(path, path / name, data)
+        written.append(name)
+
+    scales = [ScaleInfo(**scale) for scale in attributes["scales"]]
+    write(layout.METADATA, layout.json_bytes(layout.group_document(attributes)))
+    documents = {
+        array.name: layout.row_array_document(array, rows, shard_rows)
+        for array in layout.row_arrays(scales, attributes["global_width"])
+    }
+    documents[layout.STATE] = layout.plain_array_document((rows,), (shard_rows,), np.dtype("u1"), ("row",))
+    shape = (-(-rows // shard_rows), len(scales))
+    documents[layout.SATURATED] = layout.plain_array_document(
+        shape, (1, len(scales)), np.dtype("<i8"), ("shard", "scale")
+    )
+    for name, (values, axes) in small.items():
+        chunk = tuple(max(side, 1) for side in values.shape)
+        documents[name] = layout.plain_array_document(values.shape, chunk, values.dtype, axes)
+        if values.size:
+            write(layout.chunk_path(name, 0, values.ndim), with_crc(values.tobytes()))
+    for name, document in documents.items():
+        write(f"{name}/{layout.METADATA}", layout.json_bytes(document))
+    digest = {"sha256": layout.digest_of(path, written), "files": sorted(written)}
+    publish(path, path / layout.DIGEST, layout.json_bytes(digest))
+
+
+def clear_unfinished(path: Path) -> None:
+    """Empty a folder in which setting up a cache was cut off; refuse one that holds anything else.
+
+    Raises:
+        PipeError: the folder is not ours, or it is a cache with rows whose digest.json is gone.
+    """
+    ours = {layout.LOCK, layout.TEMPORARY, layout.METADATA}
+    others = [entry for entry in path.iterdir() if entry.name not in ours]
+    if not others:
+        return
+    metadata = path / layout.METADATA
+    if not metadata.exists() or layout.FORMAT not in metadata.read_text(encoding="utf-8", errors="replace"):
+        raise PipeError(
+            f"this folder holds something that is not a teacher cache ({others[0].name})",
+            where=path,
+            fix="move it away",
+        )
+    if any((path / layout.STATE).glob("c/*")):
+        raise PipeError(
+            "this cache holds rows, but its digest.json is gone", where=path, fix="restore it or move it away"
+        )
+    for entry in others:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], str]:
+    """The group's attributes and the digest, both checked."""
+    metadata = path / layout.METADATA
+    if not metadata.exists():
+        raise PipeError("there is no teacher cache", where=path, fix="run: pipe extract-teacher")
+    if not (path / layout.DIGEST).exists():
+        raise PipeError("this cache was never finished being set up", where=path, fix="run: pipe extract-teacher")
+    recorded = read_json(path / layout.DIGEST)
+    files: Any = recorded.get("files") if isinstance(recorded, dict) else None
+    listed = isinstance(files, list) and all(isinstance(name, str) for name in files)
+    # The digest is checked before anything is believed; the list itself is part of what it covers.
+    if not listed or layout.digest_of(path, files) != recorded.get("sha256"):
+        raise PipeError(
+            "this cache's metadata was altered or damaged (its digest does not fit)",
+            where=path,
+            fix="restore it from a copy, or extract the cache again",
+        )
+    header = read_json(metadata).get("attributes", {})
+    if header.get("format") != layout.FORMAT or header.get("version") != layout.VERSION:
+        raise PipeError(
+            f"this is not a {layout.FORMAT} of version {layout.VERSION}", where=metadata, fix="extract the cache again"
+        )
+    used = {str(file.relative_to(path)) for file in path.glob(f"*/{layout.METADATA}")} | {layout.METADATA}
+    if not used <= set(files):
+        raise PipeError(f"the digest does not cover {sorted(used - set(files))[0]}", where=path)
+    return header, str(recorded["sha256"])
+
+
+def check_document(path: Path, array: RowArray, rows: int, shard_rows: int) -> None:
+    """The maps are read by this layout alone, so zarr.json must say the same."""
+    found = read_json(path / array.name / layout.METADATA)
+    expected = layout.row_array_document(array, rows, shard_rows)
+    for key in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs"):
+        if found.get(key) != expected[key]:
+            raise PipeError(
+                f"`{key}` of this array is not what the cache's attributes say",
+                where=path / array.name / layout.METADATA,
+                fix="extract the cache again",
+            )
+
+
+def read_small(path: Path, name: str) -> np.ndarray:
+    """A small array stored as one chunk, shape and dtype by its zarr.json; native byte order, writable."""
+    document = read_json(path / name / layout.METADATA)
+    shape = tuple(document["shape"])
+    if 0 in shape:
+        return np.zeros(shape, document["data_type"])
+    file = path / layout.chunk_path(name, 0, len(shape))
+    values = np.frombuffer(without_crc(read_bytes(file), file), np.dtype(document["data_type"]).newbyteorder("<"))
+    return values.reshape(shape).astype(document["data_type"])

@@ -1,0 +1,249 @@
+"""Reading a teacher cache: shard files are mapped, their indexes parsed once, and rows copied straight out of the maps.
+
+A missing chunk reads as zeros in every Zarr library; this reader raises instead, for every row whose `state` is not 1.
+Nothing is opened before the first read, and a `Cache` may be pickled or forked at any time.
+
+Legend: R rows, S rows a shard, T = grid² tokens, K components, C width of `global`, n rows asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache import codec, layout
+from pipeline.cache.header import check_document, read_header, read_small
+from pipeline.cache.layout import RowArray, ScaleInfo
+from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, ShardMap, crc32c, map_shard, read_state, without_crc
+from pipeline.errors import PipeError
+
+FIX = "run: pipe extract-teacher"
+NAMED_ROWS = 5  # how many rows an error names
+
+
+def open_cache(path: str | Path, *, verify: bool = False, max_maps: int | None = None) -> Cache:
+    """Open the cache at `path`: read its metadata, check its digest, map nothing yet.
+
+    Args:
+        verify: check every row's CRC-32C at each read (each shard's index is always checked when it is mapped).
+        max_maps: shard files mapped at once; default a quarter of the open-file limit, since a map holds one.
+
+    Raises:
+        PipeError: no cache there, one that is not finished, of another format, or whose metadata was altered.
+    """
+    return Cache(Path(path), verify=verify, max_maps=max_maps)
+
+
+class Cache:
+    """A teacher cache. Attributes are what `pipe cache info` shows; `read` and `read_raw` give rows.
+
+    Attributes:
+        path, rows, shard_rows, global_width: R, S, C.
+        scales: how each scale is stored.
+        view, teacher, manifest_fingerprint, settings: what the cache is of.
+        digest: SHA-256 (hex) of all metadata, basis, steps and baselines.
+        steps: scale → (K,) float32 for int8, else None (int8_token: per-token steps come with `read_raw`).
+        baselines: `<scale>_gram_mean` (T, T) and `global_mean` (C,), float32.
+        baseline_losses: {"gram": {scale: x}, "rkd": {scale: x, "global": x}, "global": x}.
+        fidelity: what is lost against the raw teacher, per scale, on held-out rows.
+        calibration_rows, heldout_rows: int64.
+    """
+
+    def __init__(self, path: Path, *, verify: bool = False, max_maps: int | None = None) -> None:
+        self.path, self.verify = path, verify
+        self.max_maps = max_maps or max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        header, self.digest = read_header(path)
+        self.rows: int = header["rows"]
+        self.shard_rows: int = header["shard_rows"]
+        self.scales = [ScaleInfo(**scale) for scale in header["scales"]]
+        self.global_width: int = header["global_width"]
+        self.view: dict[str, Any] = header["view"]
+        self.teacher: dict[str, Any] = header["teacher"]
+        self.manifest_fingerprint: str = header["manifest_fingerprint"]
+        self.settings: dict[str, Any] = header["settings"]
+        self.baseline_losses: dict[str, Any] = header["baseline_losses"]
+        self.fidelity: dict[str, Any] = header["fidelity"]
+        self.arrays = layout.row_arrays(self.scales, self.global_width)
+        for array in self.arrays:
+            check_document(path, array, self.rows, self.shard_rows)
+        self.steps = {
+            s.name: read_small(self.path, layout.steps_name(s.name)) if s.dtype == "int8" else None for s in self.scales
+        }
+        names = [*(layout.gram_mean_name(s.name) for s in self.scales), layout.GLOBAL_MEAN]
+        self.baselines = {name: read_small(self.path, name) for name in names}
+        self.calibration_rows = read_small(self.path, layout.CALIBRATION_ROWS)
+        self.heldout_rows = read_small(self.path, layout.HELDOUT_ROWS)
+        self._forget()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in {"_maps", "_state", "_lock", "_pid"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._maps: dict[tuple[str, int], ShardMap] = {}
+        self._state: np.ndarray | None = None
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    @property
+    def saturated(self) -> dict[str, int]:
+        """Values cut off at ±127 (or at float16's range) so far, by scale."""
+        counts = {scale.name: 0 for scale in self.scales}
+        for shard in range(self.shards):
+            file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
+            if file.exists():
+                in_shard = np.frombuffer(without_crc(file.read_bytes(), file), "<i8")
+                counts = {name: total + int(n) for (name, total), n in zip(counts.items(), in_shard, strict=True)}
+        return counts
+
+    def refresh(self) -> None:
+        """Forget `state` and all maps, so that rows written since the last look are seen."""
+        self._forget()
+
+    def basis(self, scale: str) -> np.ndarray | None:
+        """V (C, K) float32 of `scale`, or None where every channel was kept."""
+        name = layout.basis_name(scale)
+        return read_small(self.path, name) if (self.path / name).is_dir() else None
+
+    def state(self) -> np.ndarray:
+        """(R,) uint8: 0 absent, 1 ok, 2 undecodable. Read once; read-only."""
+        if self._state is None:
+            state = np.zeros(self.shards * self.shard_rows, np.uint8)
+            for shard in range(self.shards):
+                part = read_state(self.path, shard, self.shard_rows)
+                state[shard * self.shard_rows : (shard + 1) * self.shard_rows] = 0 if part is None else part
+            state.flags.writeable = False
+            self._state = state[: self.rows]
+        return self._state
+
+    def read(self, rows: Any, *, verify: bool | None = None) -> dict[str, np.ndarray]:
+        """Coefficients of `rows` (n,) int: scale → (n, T, K) float32, "global" → (n, C) float32.
+
+        Raises:
+            PipeError: a row is out of range, absent or undecodable, or its data is missing or damaged.
+        """
+        raw = self.read_raw(rows, verify=verify)
+        values = {}
+        for scale in self.scales:
+            token_steps = raw.get(layout.steps_name(scale.name))
+            steps = self.steps[scale.name] if token_steps is None else token_steps
+            values[scale.name] = codec.dequantise(raw[scale.name], steps)
+        values[layout.GLOBAL] = raw[layout.GLOBAL].astype(np.float32)
+        return values
+
+    def read_raw(self, rows: Any, *, verify: bool | None = None) -> dict[str, np.ndarray]:
+        """The rows as stored: int8 or float16, and "<scale>_steps" (n, T) float32 for int8_token scales.
+
+        Rows come in the order asked for; duplicates are allowed. Raises as `read` does.
+        """
+        wanted = self._checked(rows)
+        if os.getpid() != self._pid:  # a fork may have copied a lock that is held
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        check = self.verify if verify is None else verify
+        shard_of, slot = np.divmod(wanted, self.shard_rows)
+        order = np.argsort(shard_of, kind="stable")
+        shards, starts = np.unique(shard_of[order], return_index=True)
+        groups = list(zip(shards.tolist(), np.split(order, starts[1:]), strict=True)) if len(wanted) else []
+        return {array.name: self._gather(array, groups, slot, check) for array in self.arrays}
+
+    def _checked(self, rows: Any) -> np.ndarray:
+        wanted = np.asarray(rows)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise PipeError(f"rows must be a list of whole numbers, not {wanted.dtype} of shape {wanted.shape}")
+        wanted = wanted.astype(np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= self.rows)]
+        if len(outside):
+            raise PipeError(f"the cache has rows 0 to {self.rows - 1:,}; asked for {_named(outside)}", where=self.path)
+        state = self.state()[wanted]
+        if (state != layout.OK).any():
+            absent, broken = wanted[state == layout.ABSENT], wanted[state == layout.UNDECODABLE]
+            parts = [f"absent {_named(absent)}"] if len(absent) else []
+            parts += [f"undecodable {_named(broken)}"] if len(broken) else []
+            fix = FIX if len(absent) else "leave them out: Cache.state() says which rows are ok"
+            raise PipeError(f"rows without teacher features: {'; '.join(parts)}", where=self.path, fix=fix)
+        return wanted
+
+    def _gather(
+        self, array: RowArray, groups: list[tuple[int, np.ndarray]], slot: np.ndarray, check: bool
+    ) -> np.ndarray:
+        """Copy the asked rows of one array; groups: (shard, positions in the answer)."""
+        out = np.empty((len(slot), *array.row_shape), array.dtype)
+        size = array.row_bytes
+        target = out.reshape(-1).view(np.uint8).data
+        for shard, positions in groups:
+            shard_map = self._map(array, shard)
+            offsets = shard_map.offsets[slot[positions]]
+            if check:
+                self._verify(array, shard, shard_map, offsets, slot[positions])
+            data = shard_map.data
+            for position, offset in zip((positions * size).tolist(), offsets.tolist(), strict=True):
+                target[position : position + size] = data[offset : offset + size]
+        return out
+
+    def _verify(self, array: RowArray, shard: int, shard_map: ShardMap, offsets: np.ndarray, slots: np.ndarray) -> None:
+        size, data = array.row_bytes, shard_map.data
+        bad = []
+        for offset, in_shard in zip(offsets.tolist(), slots.tolist(), strict=True):
+            stored = int.from_bytes(data[offset + size : offset + size + CRC_BYTES], "little")
+            if crc32c(data[offset : offset + size]) != stored:
+                bad.append(shard * self.shard_rows + in_shard)
+        if bad:
+            file = array.file(self.path, shard)
+            raise PipeError(f"damaged rows (checksums do not fit): {_named(np.array(bad))}", where=file, fix=FIX_SHARD)
+
+    def _map(self, array: RowArray, shard: int) -> ShardMap:
+        key = (array.name, shard)
+        with self._lock:
+            found = self._maps.pop(key, None)
+            if found is None:
+                while len(self._maps) >= self.max_maps:
+                    del self._maps[next(iter(self._maps))]  # the one used longest ago; unmapped with its last reader
+                ok = self.state()[shard * self.shard_rows : (shard + 1) * self.shard_rows] == layout.OK
+                found = map_shard(array, array.file(self.path, shard), self.shard_rows, np.flatnonzero(ok))
+            self._maps[key] = found
+        return found
+
+
+def check_matches(
+    cache: Cache, *, manifest_fingerprint: str | None = None, teacher: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a cache of another manifest or teacher, naming the first field that differs.
+
+    Args:
+        manifest_fingerprint: of the manifest in use; None asks nothing.
+        teacher: the fields of the teacher's fingerprint to compare (a subset will do); None asks nothing.
+    """
+    difference = None
+    if manifest_fingerprint is not None:
+        difference = layout.first_difference(manifest_fingerprint, cache.manifest_fingerprint, "manifest_fingerprint")
+    if difference is None and teacher is not None:
+        difference = layout.first_difference(teacher, cache.teacher, "teacher")
+    if difference:
+        raise PipeError(
+            f"this cache does not match: {difference}",
+            where=cache.path,
+            fix="extract it again (pipe extract-teacher, into a new workspace), or use the settings it was made with",
+        )
+
+
+def _named(rows: np.ndarray) -> str:
+    """`3 rows (1, 2, 7)` or `90 rows (0, 1, 2, 3, 4, …)`."""
+    distinct = np.unique(rows)
+    listed = ", ".join(str(row) for row in distinct[:NAMED_ROWS])
+    more = ", …" if len(distinct) > NAMED_ROWS else ""
+    return f"{len(distinct):,} row{'s' if len(distinct) != 1 else ''} ({listed}{more})"
