@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from pipeline.evaluation.logistic import fit, path
 from pipeline.evaluation.paired import mean_of, mean_of_groups, measure
@@ -23,6 +24,7 @@ VALIDATION_SHARE = 0.1
 SEED = 0
 SWEEP_TOLERANCE = 1e-5  # of the gradient, while choosing C: a tenth of what moves a validation row
 FIT_TOLERANCE = 1e-8
+SMALL = 20_000_000  # multiplications of one step below which a second BLAS thread costs more than it brings
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -45,7 +47,11 @@ def probe(
     Args:
         train: (n_train, D), train_labels: (n_train,), test: (n_test, D); rows are made unit-norm here.
     """
-    train, test = _unit(train), _unit(test)
+    with threadpool_limits(1 if train.size * classes < SMALL else None):
+        return _probe(_unit(train), train_labels, _unit(test), classes, seed, cs)
+
+
+def _probe(train: Floats, train_labels: Ints, test: Floats, classes: int, seed: int, cs: Sequence[float]) -> Outcome:
     held_out = validation_rows(train_labels, seed=seed)
     fitted = ~held_out
     truth = train_labels[held_out]
