@@ -83,7 +83,8 @@ class ComponentMaxima:
         """(K,) float32: max|y_k| / 127. A component that never moved takes the smallest step of the others."""
         moved = self.maxima > 0
         idle = self.maxima[moved].min() if moved.any() else np.float32(LEVELS)
-        return np.where(moved, self.maxima, idle).astype(np.float32) / np.float32(LEVELS)
+        steps: np.ndarray = np.where(moved, self.maxima, idle).astype(np.float32) / np.float32(LEVELS)
+        return np.maximum(steps, np.finfo(np.float32).tiny)  # the smallest maxima, divided, would become a step of zero
 
 
 @dataclass(frozen=True, eq=False)

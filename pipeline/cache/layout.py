@@ -113,23 +113,26 @@ class CacheIdentity:
         return as_json
 
 
-def first_difference(wanted: Any, found: Any, name: str = "") -> str | None:
-    """`teacher.weights_sha256: a in the cache, b asked for`, or None where `found` has everything that `wanted` names.
+def first_difference(wanted: Any, found: Any, name: str = "", *, whole: bool = False) -> str | None:
+    """`teacher.weights_sha256: a in the cache, b asked for`, or None where they agree.
 
-    Mappings are compared by the keys of `wanted`, so that a caller may ask about a few fields; lists item by item.
+    Mappings are compared by the keys of `wanted`, so that a caller may ask about a few fields (with `whole`, a field
+    that only `found` has is a difference too); lists item by item; all as the JSON values that they are stored as.
     """
     if isinstance(wanted, Mapping) and isinstance(found, Mapping):
-        for key in wanted:
+        for key in [*wanted, *(sorted(set(found) - set(wanted)) if whole else [])]:
             path = f"{name}.{key}" if name else str(key)
             if key not in found:
                 return f"{path}: not recorded in the cache, {_short(wanted[key])} asked for"
-            difference = first_difference(wanted[key], found[key], path)
-            if difference:
+            if key not in wanted:
+                return f"{path}: {_short(found[key])} in the cache, not asked for"
+            if difference := first_difference(wanted[key], found[key], path, whole=whole):
                 return difference
         return None
     if isinstance(wanted, list | tuple) and isinstance(found, list | tuple) and len(wanted) == len(found):
         pairs = enumerate(zip(wanted, found, strict=True))
-        return next((d for i, (w, f) in pairs if (d := first_difference(w, f, f"{name}[{i}]"))), None)
+        differences = (first_difference(w, f, f"{name}[{i}]", whole=whole) for i, (w, f) in pairs)
+        return next((difference for difference in differences if difference), None)
     if json.loads(json.dumps(wanted)) == found:
         return None
     return f"{name}: {_short(found)} in the cache, {_short(wanted)} asked for"

@@ -213,9 +213,7 @@ def _refuse_other(cache: Cache, identity: CacheIdentity) -> None:
         "manifest_fingerprint": cache.manifest_fingerprint,
         "settings": cache.settings,
     }
-    wanted = identity.to_json()
-    # Both ways round: a field that only the store has is a difference too.
-    difference = layout.first_difference(wanted, found) or layout.first_difference(found, wanted)
+    difference = layout.first_difference(identity.to_json(), found, whole=True)
     if difference:
         raise PipeError(
             f"the cache there is of something else: {difference}",

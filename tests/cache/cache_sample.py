@@ -1,0 +1,110 @@
+"""A tiny cache with one scale of every dtype: 21 rows in shards of 8, so that the last one is partial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache import layout
+from pipeline.cache.baselines import Baselines
+from pipeline.cache.codec import ComponentMaxima, Fidelity, ScaleCodec, SecondMoment, fit_basis, to_float16
+from pipeline.cache.layout import CacheIdentity, ScaleSpec
+from pipeline.cache.writer import CacheFit, CacheWriter
+
+ROWS, SHARD_ROWS, WIDTH, COMPONENTS, GLOBAL_WIDTH = 21, 8, 6, 4, 5
+SPECS = (ScaleSpec("fine", -1, 3), ScaleSpec("mid", 4, 2), ScaleSpec("raw", 2, 2))
+DTYPES: dict[str, layout.StoredDtype] = {"fine": "int8", "mid": "int8_token", "raw": "float16"}
+UNDECODABLE_ROWS = (3, 20)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Everything a cache is made of, before any of it is on disk."""
+
+    identity: CacheIdentity
+    fit: CacheFit
+    state: np.ndarray
+    features: dict[str, np.ndarray]
+
+    def stored(self, rows: range | np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+        """The rows' arrays as `write_shard` takes them, and what was cut off."""
+        index, arrays, saturated = np.asarray(rows), {}, {}
+        for name, codec in self.fit.codecs.items():
+            encoded = codec.encode(self.features[name][index])
+            arrays[name], saturated[name] = encoded.values, encoded.saturated
+            if encoded.token_steps is not None:
+                arrays[layout.steps_name(name)] = encoded.token_steps
+        arrays[layout.GLOBAL] = self.features[layout.GLOBAL][index].astype(np.float16)
+        return arrays, saturated
+
+    def write(self, writer: CacheWriter, shards: list[int] | None = None) -> None:
+        for shard in writer.missing if shards is None else shards:
+            rows = np.asarray(writer.rows_of(shard))
+            arrays, saturated = self.stored(rows)
+            writer.write_shard(shard, arrays, self.state[rows], saturated)
+
+    def build(self, path: Path) -> Path:
+        with CacheWriter.create(path, self.identity, self.fit, shard_rows=SHARD_ROWS) as writer:
+            self.write(writer)
+        return path
+
+    def named(self, **changes: object) -> CacheIdentity:
+        return replace(self.identity, **changes)
+
+
+def make_sample(seed: int = 0) -> Sample:
+    rng = np.random.default_rng(seed)
+    features = {
+        spec.name: (rng.normal(size=(ROWS, spec.tokens, WIDTH)) + rng.normal(size=WIDTH)).astype(np.float32)
+        for spec in SPECS
+    }
+    features[layout.GLOBAL] = rng.normal(size=(ROWS, GLOBAL_WIDTH)).astype(np.float32)
+    calibration, heldout = np.arange(0, 14), np.arange(14, ROWS)
+    codecs: dict[str, ScaleCodec] = {}
+    for spec in SPECS:
+        moment = SecondMoment(WIDTH)
+        moment.update(features[spec.name][calibration])
+        basis, explained = fit_basis(moment, None if spec.name == "raw" else COMPONENTS)
+        codec = ScaleCodec(DTYPES[spec.name], WIDTH, basis, None, explained)
+        if codec.dtype == "int8":
+            maxima = ComponentMaxima(codec.components)
+            maxima.update(codec.project(features[spec.name][calibration]))
+            codec = codec.with_steps(maxima.steps())
+        codecs[spec.name] = codec
+    baselines, fidelity = Baselines([spec.name for spec in SPECS]), {spec.name: Fidelity() for spec in SPECS}
+    baselines.fit(_targets(codecs, features, calibration))
+    heldout_targets = _targets(codecs, features, heldout)
+    baselines.score(heldout_targets)
+    for name, measure in fidelity.items():
+        measure.update(features[name][heldout], heldout_targets[name], codecs[name].basis)
+    identity = CacheIdentity(
+        rows=ROWS,
+        scales=SPECS,
+        global_width=GLOBAL_WIDTH,
+        teacher={"name": "toy", "weights_sha256": "ab" * 32, "mean": (0.5, 0.5, 0.5), "scales": [{"name": "fine"}]},
+        view={"kind": "crop", "size": 32},
+        manifest_fingerprint="cd" * 32,
+        settings={"dtype": "int8", "pca": COMPONENTS, "seed": 0},
+    )
+    fit = CacheFit(
+        codecs=codecs,
+        calibration_rows=calibration,
+        heldout_rows=heldout,
+        baselines=baselines.arrays(),
+        baseline_losses=baselines.losses(),
+        fidelity={name: measure.result() for name, measure in fidelity.items()},
+    )
+    state = np.full(ROWS, layout.OK, np.uint8)
+    state[list(UNDECODABLE_ROWS)] = layout.UNDECODABLE
+    return Sample(identity, fit, state, features)
+
+
+def _targets(codecs: dict[str, ScaleCodec], features: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+    targets = {}
+    for name, codec in codecs.items():
+        encoded = codec.encode(features[name][rows])
+        targets[name] = codec.dequantise(encoded.values, encoded.token_steps)
+    targets[layout.GLOBAL] = to_float16(features[layout.GLOBAL][rows])[0].astype(np.float32)
+    return targets
