@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Sample:
             self.write(writer)
         return path
 
-    def named(self, **changes: object) -> CacheIdentity:
+    def named(self, **changes: Any) -> CacheIdentity:
         return replace(self.identity, **changes)
 
 

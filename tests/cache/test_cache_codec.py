@@ -114,20 +114,21 @@ def test_full_basis_preserves_every_gram_matrix(features: np.ndarray) -> None:
     np.testing.assert_allclose(y @ y.T, features[0].astype(np.float64) @ features[0].T, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(coefficients)
 def test_int8_error_is_at_most_half_a_step_for_calibrated_values(values: np.ndarray) -> None:
     maxima = ComponentMaxima(5)
     maxima.update(values[:2])
     maxima.update(values[2:])
     codec = ScaleCodec("int8", 5).with_steps(maxima.steps())
+    assert codec.steps is not None
     stored = codec.quantise(values)
     assert stored.saturated == 0
     error = np.abs(codec.dequantise(stored.values).astype(np.float64) - values)
     assert (error <= codec.steps * 0.5001 + 1e-30).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(coefficients)
 def test_int8_token_error_is_at_most_half_of_the_tokens_own_step(values: np.ndarray) -> None:
     codec = ScaleCodec("int8_token", 5)
@@ -137,10 +138,10 @@ def test_int8_token_error_is_at_most_half_of_the_tokens_own_step(values: np.ndar
     error = np.abs(codec.dequantise(stored.values, stored.token_steps).astype(np.float64) - values)
     assert (error <= np.abs(values).max(axis=-1, keepdims=True) / 127 * 0.5001 + 1e-30).all()
     restored = codec.dequantise(stored.values, stored.token_steps)
-    np.testing.assert_allclose(np.abs(restored).max(axis=-1), np.abs(values).max(axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(np.abs(restored).max(axis=-1), np.abs(values).max(axis=-1), rtol=1e-6, atol=1e-36)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(coefficients)
 def test_negated_coefficients_are_stored_negated(values: np.ndarray) -> None:
     codec = ScaleCodec("int8", 5).with_steps(np.full(5, 17.0))
