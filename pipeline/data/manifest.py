@@ -1,0 +1,280 @@
+"""The manifest: one row per sample. The row's number is the sample's address everywhere (cache row = manifest row).
+
+A Parquet file of the columns in `SCHEMA`; its metadata says where the sources lie and what was wrong with them.
+A sample is identified by (source, key), since keys repeat between sources. Offsets are bytes in the source, so that
+any row's image and caption can be read with one seek; -1 where there is nothing to seek to.
+
+    status ok               the image decodes and there is a usable caption
+    image_missing           no image of this key (or, from a table, no such file)
+    image_broken            cut, or not decodable
+    image_too_large         more bytes or pixels than `samples` accepts
+    caption_missing         neither text nor JSON holds a caption
+    caption_empty           there is one, without a letter in it
+    caption_undecodable     there is one, not in UTF-8
+    key_repeated            an earlier row of the same source has this key (the only rows whose identity is not unique)
+    duplicate_of_val        a training row whose image is a validation row's: not trained on
+    duplicate_of_train      a validation row whose image was a training row's before it was added: not validated on
+
+What concerns a whole source (cut, not a tar, empty) has no row; it stands among the metadata's issues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import PipeError
+from pipeline.run_folder import write_bytes
+
+VERSION = 1
+METADATA_KEY = b"dinorankclip.manifest"
+OK = "ok"
+VAL_PREFIX = "val:"  # names of data.val_source's files, which may be called like data.source's
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("source", pa.string()),
+        ("key", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_bytes", pa.int64()),
+        ("caption_offset", pa.int64()),
+        ("caption_bytes", pa.int64()),
+        ("captions", pa.list_(pa.string())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("split", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+_CAPTIONS = "captions"  # the one column that is read on first use
+_REPEATING = ["source", "split", "status", "reason"]  # few values: read as dictionaries
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One sample; see the module's text. width, height: pixels as stored, 0 where unknown."""
+
+    row: int
+    source: str
+    key: str
+    image_offset: int
+    image_bytes: int
+    caption_offset: int
+    caption_bytes: int
+    width: int
+    height: int
+    sha256: str
+    split: str
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file that rows come from, and what tells whether it is still the same.
+
+    Args:
+        name: relative to the root of data.source, with /; `val:` and relative to data.val_source's root.
+        kind: "tar", or "table" (CSV, TSV).
+        bytes, mtime_ns, sha256: of the file when it was indexed.
+        rows: how many rows came from it.
+    """
+
+    name: str
+    kind: Literal["tar", "table"]
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Issue:
+    """Something wrong that has no row: with a source, or (in summaries) with one key of it."""
+
+    source: str
+    key: str
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """How rows were split: images whose SHA-256 is at most `threshold` are validation rows; or a source of their own.
+
+    Rows added later follow the threshold of the first ones, so that nothing changes sides.
+    """
+
+    fraction: float
+    threshold: str  # hex; "" puts nothing on the validation side
+    val_source: bool
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the Parquet file says besides its rows."""
+
+    root: str
+    val_root: str | None
+    rule: SplitRule
+    sources: list[Source]
+    issues: list[Issue] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Metadata:
+        stored: dict[str, Any] = json.loads(text)
+        if stored.get("version") != VERSION:
+            raise PipeError(
+                f"this manifest has version {stored.get('version')}, not {VERSION}", where=where, fix="run: pipe index"
+            )
+        return cls(
+            root=stored["root"],
+            val_root=stored["val_root"],
+            rule=SplitRule(**stored["rule"]),
+            sources=[Source(**source) for source in stored["sources"]],
+            issues=[Issue(**issue) for issue in stored["issues"]],
+        )
+
+
+class Manifest:
+    """A manifest file, opened. Captions are read on first use. Picklable: only its path travels.
+
+    Workers that are forked share the captions if somebody asked for one before the fork.
+    """
+
+    def __init__(self, path: Path, table: pa.Table, metadata: Metadata) -> None:
+        self.path, self.metadata, self._table = path, metadata, table
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (read_manifest, (self.path,))
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @property
+    def root(self) -> Path:
+        """Where data.source's files lie."""
+        return Path(self.metadata.root)
+
+    @cached_property
+    def source_table(self) -> dict[str, Source]:
+        """Source name → what is known of the file."""
+        return {source.name: source for source in self.metadata.sources}
+
+    def source_path(self, name: str) -> Path:
+        """The file of a source name."""
+        if name.startswith(VAL_PREFIX) and self.metadata.val_root is not None:
+            return Path(self.metadata.val_root) / name.removeprefix(VAL_PREFIX)
+        return self.root / name
+
+    def rows(self, split: Literal["train", "val"] | None = None, ok_only: bool = True) -> NDArray[np.int64]:
+        """(n,) int64, ascending: row numbers of a split (None: both), the usable ones or all."""
+        keep = np.ones(len(self), dtype=bool)
+        if split is not None:
+            keep &= self.column("split") == split
+        if ok_only:
+            keep &= self.column("status") == OK
+        return np.flatnonzero(keep).astype(np.int64)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(rows,) a column as a NumPy array (text as objects); not for captions."""
+        return np.asarray(self._table.column(name).to_numpy())
+
+    def sources(self) -> NDArray[np.object_]:
+        """(rows,) the source name of each row."""
+        return self.column("source")
+
+    def record(self, row: int) -> ManifestRow:
+        """One row; raises IndexError outside the manifest."""
+        self._check(row)
+        return ManifestRow(**{name: self._table.column(name)[row].as_py() for name in ManifestRow.__dataclass_fields__})
+
+    def captions(self, row: int) -> list[str]:
+        """The row's usable captions, first the text file's; [] where there is none."""
+        self._check(row)
+        found: list[str] = self._captions[row].as_py()
+        return found
+
+    @cached_property
+    def _captions(self) -> pa.ChunkedArray:
+        return pq.read_table(self.path, columns=[_CAPTIONS]).column(0)
+
+    def fingerprint(self, rows: int | None = None) -> str:
+        """SHA-256 over (row, source, key, image SHA-256) of the first `rows` rows (None: all).
+
+        Never over captions or places, so that a cache stays valid when captions are added or the data moves; and a
+        grown manifest can show that it begins as the old one did.
+        """
+        count = len(self) if rows is None else rows
+        if count not in self._fingerprints:
+            digest = hashlib.sha256()
+            for batch in self._table.select(["row", "source", "key", "sha256"]).slice(0, count).to_batches():
+                identities = list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+                text = json.dumps(identities, ensure_ascii=False)[1:-1]  # the same text however rows fall into batches
+                digest.update(f"{text}, ".encode())
+            self._fingerprints[count] = digest.hexdigest()
+        return self._fingerprints[count]
+
+    @cached_property
+    def _fingerprints(self) -> dict[int, str]:
+        return {}
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """split → status → number of rows; `train` and `val` are always there."""
+        counts = Counter(zip(self.column("split").tolist(), self.column("status").tolist(), strict=True))
+        found: dict[str, dict[str, int]] = {"train": {}, "val": {}}
+        for (split, status), number in sorted(counts.items()):
+            found.setdefault(split, {})[status] = number
+        return found
+
+    def _check(self, row: int) -> None:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a manifest of {len(self)} rows")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Open a manifest.
+
+    Raises:
+        PipeError: there is none, or the file is not one of this version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PipeError("there is no manifest", where=path, fix="run: pipe index")
+    try:
+        schema = pq.read_schema(path)
+        stored = (schema.metadata or {}).get(METADATA_KEY)
+        if stored is None or schema.names != SCHEMA.names:
+            raise PipeError("this file is not a manifest", where=path, fix="move it away and run: pipe index")
+        names = [name for name in SCHEMA.names if name != _CAPTIONS]
+        table = pq.read_table(path, columns=names, read_dictionary=_REPEATING)
+    except (pa.ArrowException, OSError) as error:
+        raise PipeError(f"cannot read this manifest ({error})", where=path, fix="run: pipe index") from error
+    return Manifest(path, table, Metadata.from_json(stored.decode("utf-8"), path))
+
+
+def write_manifest(path: Path, table: pa.Table, metadata: Metadata) -> None:
+    """Write a table of `SCHEMA` atomically; its `row` column must count 0, 1, 2 ..."""
+    rows = table.column("row").to_numpy()
+    if not np.array_equal(rows, np.arange(len(rows))):
+        raise ValueError("the manifest's rows must be numbered in order")
+    labelled = table.cast(SCHEMA).replace_schema_metadata({METADATA_KEY: metadata.to_json().encode()})
+    stream = pa.BufferOutputStream()
+    pq.write_table(labelled, stream, compression="zstd", row_group_size=131_072)
+    write_bytes(path, stream.getvalue())
