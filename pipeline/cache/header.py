@@ -103,20 +103,18 @@ def write_header(path: Path, attributes: dict[str, Any], small: SmallArrays) -> 
     publish(path, path / layout.DIGEST, layout.json_bytes(digest))
 
 
-def clear_unfinished(path: Path) -> None:
-    """Empty a folder in which setting up a cache was cut off; refuse one that holds anything else.
+def refuse_foreign(path: Path) -> None:
+    """Pass an empty folder, or one in which setting up a cache was cut off.
 
     Raises:
         PipeError: the folder is not ours, or it is a cache with rows whose digest.json is gone.
     """
-    ours = {layout.LOCK, layout.TEMPORARY, layout.METADATA}
-    others = [entry for entry in path.iterdir() if entry.name not in ours]
-    if not others:
+    metadata, others = path / layout.METADATA, [entry.name for entry in _beside_our_own(path)]
+    if (path / layout.DIGEST).exists() or not (others or metadata.exists()):
         return
-    metadata = path / layout.METADATA
     if not metadata.exists() or layout.FORMAT not in metadata.read_text(encoding="utf-8", errors="replace"):
         raise PipeError(
-            f"this folder holds something that is not a teacher cache ({others[0].name})",
+            f"this folder holds something that is not a teacher cache ({[*others, layout.METADATA][0]})",
             where=path,
             fix="move it away",
         )
@@ -124,8 +122,18 @@ def clear_unfinished(path: Path) -> None:
         raise PipeError(
             "this cache holds rows, but its digest.json is gone", where=path, fix="restore it or move it away"
         )
-    for entry in others:
+
+
+def clear_unfinished(path: Path) -> None:
+    """Empty a folder in which setting up a cache was cut off: no row can have been written yet. Refuses as above."""
+    refuse_foreign(path)
+    for entry in _beside_our_own(path):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _beside_our_own(path: Path) -> list[Path]:
+    ours = {layout.LOCK, layout.TEMPORARY, layout.METADATA}
+    return sorted(entry for entry in path.iterdir() if entry.name not in ours)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], str]:

@@ -57,7 +57,7 @@ class Cache:
 
     def __init__(self, path: Path, *, verify: bool = False, max_maps: int | None = None) -> None:
         self.path, self.verify = path, verify
-        self.max_maps = max_maps or max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        self.max_maps = max_maps or _default_maps()
         header, self.digest = read_header(path)
         self.rows: int = header["rows"]
         self.shard_rows: int = header["shard_rows"]
@@ -236,6 +236,12 @@ def check_matches(
             where=cache.path,
             fix="extract it again (pipe extract-teacher, into a new workspace), or use the settings it was made with",
         )
+
+
+def _default_maps() -> int:
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = 16384  # Linux allows 65,530 maps a process (vm.max_map_count)
+    return most if open_files == resource.RLIM_INFINITY else min(most, max(64, open_files // 4))
 
 
 def _copy_checked(target: memoryview, chunk: memoryview) -> bool:

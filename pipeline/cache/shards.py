@@ -99,7 +99,11 @@ def map_shard(array: RowArray, file: Path, shard_rows: int, ok_rows: np.ndarray)
     try:
         handle = os.open(file, os.O_RDONLY)
     except FileNotFoundError as error:
-        raise PipeError("a shard that `state` promises is missing", where=file, fix=FIX_SHARD) from error
+        raise PipeError(
+            "a shard that `state` promises is missing", where=file, fix="run: pipe extract-teacher"
+        ) from error
+    except OSError as error:
+        raise PipeError(f"cannot open this shard: {error.strerror}", where=file) from error
     try:
         size = os.fstat(handle).st_size
         if size < least:

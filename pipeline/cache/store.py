@@ -55,10 +55,13 @@ def _make_folders(root: Path, folder: Path) -> None:
 
 def take_lock(path: Path) -> int:
     """An exclusive lock on the store that ends with this process; the file says who holds it."""
-    handle = os.open(path / layout.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path / layout.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise PipeError(f"cannot write here: {error.strerror}", where=path, fix="fix the permissions") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
         os.close(handle)
         raise PipeError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.codec import ScaleCodec
-from pipeline.cache.header import CacheFit, build_header, clear_unfinished, write_header
+from pipeline.cache.header import CacheFit, build_header, clear_unfinished, refuse_foreign, write_header
 from pipeline.cache.layout import CacheIdentity, ScaleInfo
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_state, with_crc
@@ -77,9 +77,11 @@ class CacheWriter:
         if resumed is not None:
             return resumed
         header, small = build_header(identity, fit, shard_rows)
-        if path.exists() and not path.is_dir():
-            raise PipeError("a file is where the teacher cache should be", where=path, fix="move it away")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PipeError(f"cannot make the cache's folder: {error.strerror}", where=path) from error
+        refuse_foreign(path)
         lock = take_lock(path)
         try:
             if (path / layout.DIGEST).exists():  # set up by another process since we looked

@@ -125,8 +125,12 @@ def test_a_folder_of_something_else_is_left_alone(sample: Sample, tmp_path: Path
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(PipeError, match="not a teacher cache"):
         CacheWriter.create(tmp_path, sample.identity, sample.fit)
-    assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
-    with pytest.raises(PipeError, match="a file is where"):
+    assert [file.name for file in tmp_path.iterdir()] == ["photo.jpg"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    with pytest.raises(PipeError, match=r"not a teacher cache \(zarr\.json\)"):
+        CacheWriter.create(tmp_path / "other", sample.identity, sample.fit)
+    with pytest.raises(PipeError, match="File exists"):
         CacheWriter.create(tmp_path / "photo.jpg", sample.identity, sample.fit)
 
 
