@@ -213,6 +213,8 @@ def usable_cores() -> int:
 
 def _place(filled: Arrays, node: str, rows: Sequence[int], vectors: Tensor, total: int) -> None:
     values = vectors.float().cpu().numpy()
+    if not np.isfinite(values).all():  # no comparison with NaN is true, so a rank would come out as the first
+        raise PipeError(f"node {node} gives vectors that are not finite", fix="look for non-finite weights in this run")
     if node not in filled:
         filled[node] = np.zeros((total, values.shape[1]), dtype=np.float32)
     filled[node][np.asarray(rows)] = values

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from pipeline.evaluation.logistic import fit, path
 from pipeline.evaluation.paired import mean_of, mean_of_groups, measure

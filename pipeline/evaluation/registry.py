@@ -156,8 +156,7 @@ def retrieval_of(manifest: Manifest, part: Literal["train", "val"] | None, split
     texts: dict[str, int] = {}
     pairs: dict[tuple[int, int], None] = {}
     rows = manifest.rows(part)
-    for row in rows.tolist():
-        sha256 = manifest.record(row).sha256
+    for row, sha256 in zip(rows.tolist(), manifest.column("sha256")[rows].tolist(), strict=True):
         first_row.setdefault(sha256, row)
         image = position.setdefault(sha256, len(position))
         for caption in manifest.captions(row):

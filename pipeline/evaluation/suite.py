@@ -155,7 +155,7 @@ def on_probe(
 ) -> tuple[list[Measurement], list[Measurement]]:
     """Fit on one split, test on another, at every node."""
     classes = len(data.class_names)
-    predicted = _predict(embedder, [data.splits[train]], data.splits[test], classes, f"{name}/{test}")
+    predicted = _predict(embedder, data, [train], test, name)
     _, labels = _labelled(embedder, data.splits[test], f"{name}/{test}")
     return probe.evaluate(predicted, labels, split=test), probe.chance(labels, classes, split=test)
 
@@ -168,8 +168,8 @@ def on_domains(embedder: Embedder, data: Classification, name: str) -> tuple[lis
     every: dict[str, list[Ints]] = {}
     truth: list[Ints] = []
     for domain, test in data.splits.items():
-        others = [split for other, split in data.splits.items() if other != domain]
-        predicted = _predict(embedder, others, test, classes, f"{name} without {domain}")
+        others = [other for other in data.splits if other != domain]
+        predicted = _predict(embedder, data, others, domain, name)
         _, labels = _labelled(embedder, test, f"{name}/{domain}")
         found += probe.evaluate(predicted, labels, split=domain)
         chance += probe.chance(labels, classes, split=domain)
@@ -185,24 +185,23 @@ def _labelled(embedder: Embedder, split: LabelledImages, what: str) -> tuple[dic
     return {node: vectors[ok] for node, vectors in features.items()}, split.labels[ok]
 
 
-def _predict(
-    embedder: Embedder, train: Sequence[LabelledImages], test: LabelledImages, classes: int, what: str
-) -> dict[str, Ints]:
-    """Predicted classes of every node, from the store where this probe was fitted before."""
+def _predict(embedder: Embedder, data: Classification, train: Sequence[str], test: str, name: str) -> dict[str, Ints]:
+    """Classes of split `test`, predicted by every node's probe of splits `train`; kept like embeddings."""
+    classes = len(data.class_names)
 
     def fit() -> dict[str, Ints]:
-        parts = [_labelled(embedder, split, what) for split in train]
+        parts = [_labelled(embedder, data.splits[split], f"{name}/{split}") for split in train]
         labels = np.concatenate([part_labels for _, part_labels in parts])
-        tested, _ = _labelled(embedder, test, what)
+        tested, _ = _labelled(embedder, data.splits[test], f"{name}/{test}")
         found = {}
         for node, vectors in tested.items():
             features = np.concatenate([part[node] for part, _ in parts])
             outcome = probe.probe(features, labels, vectors, classes)
-            log.info("%s, %s, %s: C = %.3g", what, embedder.name, node, outcome.c)
+            log.info("probe of %s at %s on %s/%s: C = %.3g", embedder.name, node, name, test, outcome.c)
             found[node] = outcome.predicted
         return found
 
-    key = [*(split.digest for split in train), test.digest, str(classes)]
+    key = [*(data.splits[split].digest for split in train), data.splits[test].digest, str(classes)]
     return embedder.cached("probes", key, fit)
 
 

@@ -126,3 +126,14 @@ def test_errors_that_are_no_broken_image_are_not_swallowed():
     with pytest.raises(MemoryError):
         list(loaded_batches(Failing(3), lambda image: torch.zeros(1), 2, 2))
     assert not issubclass(MemoryError, SampleError)
+
+
+def test_vectors_that_are_not_finite_are_refused(embedder):
+    """No comparison with NaN is true: such a model would otherwise rank everything first."""
+
+    class Exploded(ColourModel):
+        def encode_image(self, images, normalize=False):
+            return super().encode_image(images) * float("nan")
+
+    with pytest.raises(PipeError, match="node trunk gives vectors that are not finite"):
+        embedder(Exploded()).images(Memory(3), "test")
