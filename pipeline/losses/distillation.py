@@ -1,0 +1,77 @@
+"""Distillation from cached teacher features: patch affinities, relational distances and the image's one vector.
+
+Every function returns one value per own row whose mean over all N rows is the loss. Similarities are in float32 or
+better, inputs are never written to, and the teacher takes no gradient. What each loss scores for a predictor that
+ignores the image is in the cache; the objective divides by it.
+
+    Gram        X̂ X̂ᵀ of a scale's unit tokens against the teacher's (Gram anchoring: DINOv3, arXiv 2508.10104)
+    relational  distances between images, in units of their mean (Park et al., arXiv 1904.05068)
+    global      cosine to the teacher's `global`
+
+Legend: B own rows, N all rows, T tokens, E student width, C teacher width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.distributed import gather_with_grad
+from pipeline.losses.plackett_luce import at_least_float32
+
+EPS = 1e-6
+
+
+def gram(tokens: Tensor) -> Tensor:
+    """Cosine affinities S = X̂ X̂ᵀ of each image's tokens: (B, T, E) → (B, T, T)."""
+    unit = F.normalize(at_least_float32(tokens), dim=-1, eps=EPS)
+    return unit @ unit.transpose(1, 2)
+
+
+def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over the T × T entries of (S_student − S_teacher)²: (B, T, E), (B, T, C) → (B,)."""
+    return (gram(student) - gram(teacher.detach())).square().mean((1, 2))
+
+
+def rkd_loss(student: Tensor, teacher: Tensor, *, first: int = 0, sizes: tuple[int, ...] | None = None) -> Tensor:
+    """Relational distances of own rows to all rows:
+
+        (1 / (N − 1)) Σ_{j≠i} h( d_ij / d̄ − d*_ij / d̄* ),     d_ij = ‖p_i − p_j‖, d̄ its mean over all N (N − 1) pairs
+
+    h(x) = x²/2 below |x| = 1 and |x| − ½ beyond; d* is the teacher's. The means are taken over every process's pairs,
+    and the student's carries gradient.
+
+    Args:
+        student: p (B, E). teacher: p* (B, C).
+        first: the number of the first own row among the N; sizes: every process's B (asked for when None).
+
+    Returns:
+        (B,); zeros where N = 1.
+    """
+    ours = _relative_distances(at_least_float32(student), first, sizes)
+    with torch.no_grad():
+        theirs = _relative_distances(at_least_float32(teacher), first, sizes)
+    total = F.smooth_l1_loss(ours, theirs.to(ours.dtype), reduction="none").sum(1)  # own entries are 0 in both
+    return total / max(ours.shape[1] - 1, 1)
+
+
+def global_loss(predicted: Tensor, teacher: Tensor) -> Tensor:
+    """1 − cos(predicted, global): (B, C) each → (B,)."""
+    return 1 - F.cosine_similarity(at_least_float32(predicted), at_least_float32(teacher.detach()), dim=1, eps=EPS)
+
+
+def _relative_distances(rows: Tensor, first: int, sizes: tuple[int, ...] | None) -> Tensor:
+    """d_ij / d̄ (B, N), 0 at i = j. rows: (B, E)."""
+    everyone = gather_with_grad(rows, sizes)  # (N, E)
+    count = len(everyone)
+    # Distances do not depend on the origin; near the rows' mean, ‖a‖² + ‖b‖² − 2⟨a, b⟩ loses fewest digits.
+    centre = everyone.detach().mean(0)
+    a, b = rows - centre, everyone - centre
+    squared = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
+    own = torch.arange(len(rows), device=rows.device)
+    itself = torch.zeros_like(squared, dtype=torch.bool)
+    itself[own, own + first] = True
+    distances = squared.clamp_min(EPS**2).sqrt().masked_fill(itself, 0.0)  # the clamp keeps √'s gradient finite
+    total = gather_with_grad(distances.sum().reshape(1), None if sizes is None else (1,) * len(sizes)).sum()
+    return distances / (total / max(count * (count - 1), 1)).clamp_min(EPS)
