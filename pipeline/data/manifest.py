@@ -9,13 +9,15 @@ any row's image and caption can be read with one seek; -1 where there is nothing
     image_broken            cut, or not decodable
     image_too_large         more bytes or pixels than `samples` accepts
     caption_missing         neither text nor JSON holds a caption
-    caption_empty           there is one, without a letter in it
+    caption_empty           there is one, with nothing printable in it
     caption_undecodable     there is one, not in UTF-8
+    caption_too_large       there is one, longer than any caption
     key_repeated            an earlier row of the same source has this key (the only rows whose identity is not unique)
     duplicate_of_val        a training row whose image is a validation row's: not trained on
     duplicate_of_train      a validation row whose image was a training row's before it was added: not validated on
 
-What concerns a whole source (cut, not a tar, empty) has no row; it stands among the metadata's issues.
+What concerns a whole source (cut, not a tar, empty) has no row; it stands among the metadata's issues. A usable row may
+have a reason too: what was wrong with the part of it that is not needed.
 """
 
 from __future__ import annotations
@@ -113,13 +115,9 @@ class Issue:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How rows were split: images whose SHA-256 is at most `threshold` are validation rows; or a source of their own.
-
-    Rows added later follow the threshold of the first ones, so that nothing changes sides.
-    """
+    """How rows are split: the `fraction` of images whose SHA-256 is smallest, or a source of their own."""
 
     fraction: float
-    threshold: str  # hex; "" puts nothing on the validation side
     val_source: bool
 
 
@@ -225,7 +223,7 @@ class Manifest:
         if count not in self._fingerprints:
             digest = hashlib.sha256()
             for batch in self._table.select(["row", "source", "key", "sha256"]).slice(0, count).to_batches():
-                identities = list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
+                identities = list(zip(*(c.to_numpy(zero_copy_only=False).tolist() for c in batch.columns), strict=True))
                 text = json.dumps(identities, ensure_ascii=False)[1:-1]  # the same text however rows fall into batches
                 digest.update(f"{text}, ".encode())
             self._fingerprints[count] = digest.hexdigest()
