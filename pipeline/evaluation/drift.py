@@ -28,6 +28,10 @@ from pipeline.evaluation.nodes import subset
 from pipeline.evaluation.paired import mean_of, measure
 from pipeline.evaluation.records import Measurement
 from pipeline.evaluation.registry import ManifestImages, Retrieval
+from pipeline.losses.contrastive import info_nce
+from pipeline.losses.gate import drift as first_order_drift
+from pipeline.losses.gate import injected
+from pipeline.losses.pairs import Pairs
 
 STEP = 1e-5
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -46,45 +50,37 @@ class Side:
     gamma: float
     injects: bool = True
 
-    def moved(self, gamma: Tensor | float, *, opened: bool = False) -> Tensor:
-        """v(γ) (N, D); `opened`: with g ≡ 1."""
+    def tangent(self, *, opened: bool = False) -> Tensor:
+        """Δ⊥ (N, D); `opened`: with g ≡ 1."""
         pushed = self.delta if opened else self.gate * self.delta
-        tangent = pushed - (pushed * self.base).sum(dim=1, keepdim=True) * self.base
-        return (self.base + gamma * tangent) / torch.sqrt(1 + gamma**2 * (tangent**2).sum(dim=1, keepdim=True))
+        return pushed - (pushed * self.base).sum(dim=1, keepdim=True) * self.base
 
-
-def info_nce(images: Tensor, texts: Tensor, scale: float) -> Tensor:
-    """Mean of the two directions' cross-entropies over N pairs; `scale` = s."""
-    logits = scale * images @ texts.T
-    target = torch.arange(len(images))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    def moved(self, *, opened: bool = False) -> Tensor:
+        """v (N, D) at the trained γ."""
+        return injected(self.base, self.tangent(opened=opened), self.gamma)
 
 
 def drift(image: Side, text: Side, scale: float) -> dict[str, float]:
-    """The numbers of this module's docstring for N pairs; float64 sides."""
+    """The numbers of this module's docstring for N pairs; float64 sides; `scale` = s."""
 
-    def loss(a: Tensor | float, b: Tensor | float, *, opened: bool = False) -> Tensor:
-        return info_nce(image.moved(a, opened=opened), text.moved(b, opened=opened), scale)
+    def loss(images: Tensor, texts: Tensor) -> float:
+        return float(info_nce(Pairs.alone(images, texts, torch.tensor(scale, dtype=torch.float64))).mean())
 
-    gammas = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    slopes = [float(g) for g in torch.autograd.grad(loss(*gammas), gammas)]
-    with torch.no_grad():
-        at_zero = float(loss(0.0, 0.0))
-        change = float(loss(image.gamma, text.gamma)) - at_zero
-        first_order = image.gamma * slopes[0] + text.gamma * slopes[1]
-        return {
-            "slope": sum(slopes),
-            "finite_difference": (float(loss(STEP, STEP)) - at_zero) / STEP,
-            "step": STEP,
-            "first_order": first_order,
-            "change": change,
-            "remainder": change - first_order,
-            "gamma_image": image.gamma,
-            "gamma_text": text.gamma,
-            "loss_trunk": at_zero,
-            "loss_gated": at_zero + change,
-            "loss_fused": float(loss(image.gamma, text.gamma, opened=True)),
-        }
+    tangents = (image.tangent(), text.tangent())
+    found = first_order_drift(image.base, text.base, *tangents, image.gamma, text.gamma, scale, step=STEP)
+    return {
+        "slope": found.slope,
+        "finite_difference": found.finite_difference,
+        "step": STEP,
+        "first_order": found.change - found.remainder,
+        "change": found.change,
+        "remainder": found.remainder,
+        "gamma_image": image.gamma,
+        "gamma_text": text.gamma,
+        "loss_trunk": loss(image.base, text.base),
+        "loss_gated": loss(image.moved(), text.moved()),
+        "loss_fused": loss(image.moved(opened=True), text.moved(opened=True)),
+    }
 
 
 def evaluate(

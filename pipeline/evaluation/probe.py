@@ -32,11 +32,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """`predicted` (n_test,) int64, the chosen `c`, and the validation accuracy it was chosen by."""
+    """`predicted` (n_test,) int64, the chosen `c`, and the validation accuracy it was chosen by (None: by none)."""
 
     predicted: Ints
     c: float
-    validation: float
+    validation: float | None
 
 
 def probe(
@@ -53,6 +53,8 @@ def probe(
 
 def _probe(train: Floats, train_labels: Ints, test: Floats, classes: int, seed: int, cs: Sequence[float]) -> Outcome:
     held_out = validation_rows(train_labels, seed=seed)
+    if not held_out.any():  # one row a class: nothing to choose by
+        return Outcome(fit(train, train_labels, classes, c=1.0, tolerance=FIT_TOLERANCE).predict(test), 1.0, None)
     fitted = ~held_out
     truth = train_labels[held_out]
     solutions = path(train[fitted], train_labels[fitted], classes, cs=cs, tolerance=SWEEP_TOLERANCE)

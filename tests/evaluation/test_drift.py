@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation.drift import Side, drift, info_nce
+from pipeline.evaluation.drift import Side, drift
 
 
 def side(seed: int, gamma: float, n: int = 12, d: int = 7, size: float = 0.5) -> Side:
@@ -56,14 +56,14 @@ def test_at_gamma_zero_nothing_moves():
 
 def test_moved_vectors_stay_on_the_sphere():
     image = side(8, 0.7, size=5.0)
-    np.testing.assert_allclose(image.moved(0.7).norm(dim=1), 1, atol=1e-12)
+    np.testing.assert_allclose(image.moved().norm(dim=1), 1, atol=1e-12)
 
 
 def test_an_open_gate_is_the_injection_without_gate():
     image = side(9, 0.3)
     opened = Side(image.base, torch.ones_like(image.gate), image.delta, 0.3)
-    torch.testing.assert_close(image.moved(0.3, opened=True), opened.moved(0.3))
-    assert not torch.allclose(image.moved(0.3, opened=True), image.moved(0.3))
+    torch.testing.assert_close(image.moved(opened=True), opened.moved())
+    assert not torch.allclose(image.moved(opened=True), image.moved())
 
 
 def test_a_side_without_injection_adds_nothing_to_the_slope():
@@ -74,6 +74,11 @@ def test_a_side_without_injection_adds_nothing_to_the_slope():
     assert found["gamma_text"] == 0.0
 
 
-def test_info_nce_of_uniform_scores_is_log_n():
-    same = torch.ones(16, 4, dtype=torch.float64) / 2
-    assert float(info_nce(same, same, 50.0)) == pytest.approx(np.log(16))
+def test_losses_are_the_mean_of_two_cross_entropies():
+    """Identical vectors: every candidate is as likely, so the loss is log N whatever the scale."""
+    same = Side(torch.ones(16, 4).double() / 2, torch.ones(16, 4).double(), torch.zeros(16, 4).double(), 0.1)
+    assert drift(same, same, 50.0)["loss_trunk"] == pytest.approx(np.log(16))
+    image, text = side(12, 0.2), side(13, 0.1)
+    logits = 9.0 * image.moved(opened=True) @ text.moved(opened=True).T
+    want = -(logits.log_softmax(1).diagonal().mean() + logits.log_softmax(0).diagonal().mean()) / 2
+    assert drift(image, text, 9.0)["loss_fused"] == pytest.approx(float(want))

@@ -113,6 +113,14 @@ def test_small_classes_share_the_tenth_and_no_class_loses_its_last_row():
     mask = validation_rows(labels)
     assert mask.sum() == 50
     assert not mask[-1]
+    assert not validation_rows(np.arange(30)).any()
+
+
+def test_one_row_a_class_is_fitted_without_a_choice_of_c():
+    x = np.eye(5, dtype=np.float32)
+    found = probe(x, np.arange(5), x[::-1], 5)
+    np.testing.assert_array_equal(found.predicted, [4, 3, 2, 1, 0])
+    assert (found.c, found.validation) == (1.0, None)
 
 
 def test_noise_features_probe_at_chance():
