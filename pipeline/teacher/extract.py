@@ -1,0 +1,297 @@
+"""Stage one: the frozen teacher looks at every image once, and what it saw is stored.
+
+Calibrate (once, before any row is written), then shard by shard: decode, forward, project, quantise, write. A finished
+shard is never touched again; a stop, by a signal or by power, costs the shard at hand.
+
+Batches are cut within a shard, from its first row on, so that which images share a batch never depends on where an
+earlier run stopped: on the same machine a resumed cache is bit-identical to an undisturbed one.
+
+`limit` extracts exactly the first rows. The store has its full shape all the same; the shard in which the limit falls
+is written in part, and written again, whole, by a run that goes further. The calibration does not depend on the limit.
+
+Legend: n rows of a shard, m decodable images of a batch, T tokens, C channels, K components.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from pipeline.cache import layout
+from pipeline.cache.codec import to_float16
+from pipeline.cache.layout import ABSENT, GLOBAL, OK, UNDECODABLE, CacheIdentity, StoredDtype
+from pipeline.cache.reader import Cache, open_cache
+from pipeline.cache.writer import CacheWriter
+from pipeline.console import Progress, log, progress
+from pipeline.data.manifest import Manifest
+from pipeline.data.samples import SampleReader
+from pipeline.data.views import Kind, View
+from pipeline.errors import Stopped
+from pipeline.teacher.calibration import Features, calibrate, choose_rows
+from pipeline.teacher.feed import FeatureBatch, Feed, Precision, in_batches
+from pipeline.teacher.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How features become stored rows.
+
+    Args:
+        view: geometry of the images; its size is the teacher's.
+        pca: components kept a scale; None keeps all channels.
+        dtype: int8 (a step a component), int8_token (a step a token) or float16.
+        calibration_rows: at most this many training rows are fitted on.
+        seed: of the choice of calibration rows.
+        batch_size: images a forward.
+        workers: decoding threads; "auto": one a core.
+        precision: of the forward; "auto": the cache's where there is one, else bfloat16 on a GPU, float32 on a CPU.
+        shard_rows: rows a shard; None: by bytes, 512 to 4,096.
+    """
+
+    view: Kind = "crop"
+    pca: int | None = 256
+    dtype: StoredDtype = "int8"
+    calibration_rows: int = 8192
+    seed: int = 0
+    batch_size: int = 256
+    workers: int | Literal["auto"] = "auto"
+    precision: Precision | Literal["auto"] = "auto"
+    shard_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What a finished extraction did: the cache, rows written by this run, and the seconds its shards took."""
+
+    cache: Cache
+    rows: int
+    seconds: float
+
+
+def extract(
+    manifest: Manifest,
+    teacher: Teacher,
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    limit: int | None = None,
+    device: torch.device | str | None = None,
+) -> Extraction:
+    """Write the teacher's features of every manifest row to the cache at `out`, or go on with the one there.
+
+    Args:
+        limit: only the first rows.
+        device: default the first GPU, else the CPU. The teacher is moved there.
+
+    Raises:
+        PipeError: the cache there is of something else (the field is named), too few usable rows, disk full, ...
+        Stopped: SIGTERM or SIGINT arrived; finished shards are kept.
+    """
+    settings = settings or Settings()
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    precision = _precision(out, settings.precision, device)
+    teacher = teacher.to(device)
+    view = View(settings.view, teacher.image_size)
+    feed = Feed(SampleReader(manifest), teacher, view, workers=settings.workers, precision=precision)
+    identity = identify(manifest, teacher, settings, precision)
+    log.info("teacher %s on %s in %s, %d decoding threads", teacher.name, device, precision, feed.threads)
+    with _stop_on_signals() as stop:
+        writer = CacheWriter.resume(out, identity) or _set_up(out, identity, manifest, feed, settings, stop)
+        with writer:
+            rows, seconds = _write_shards(writer, feed, settings.batch_size, limit, stop)
+    if feed.failed:
+        log.warning("%d images could not be decoded", len(feed.failed))
+    return Extraction(open_cache(out), rows, seconds)
+
+
+def identify(manifest: Manifest, teacher: Teacher, settings: Settings, precision: Precision) -> CacheIdentity:
+    """What the cache will be a cache of; whatever changes the stored numbers is in it."""
+    return CacheIdentity(
+        rows=len(manifest),
+        scales=teacher.scales,
+        global_width=teacher.global_width,
+        teacher={**teacher.describe(), "view": settings.view},
+        view={"kind": settings.view, "size": teacher.image_size},
+        manifest_fingerprint=manifest.fingerprint(),
+        settings={
+            "dtype": settings.dtype,
+            "pca": settings.pca,
+            "calibration_rows": settings.calibration_rows,
+            "seed": settings.seed,
+            "precision": precision,
+        },
+    )
+
+
+def _precision(out: Path, asked: Precision | Literal["auto"], device: torch.device) -> Precision:
+    if asked != "auto":
+        return asked
+    if (out / layout.DIGEST).exists():  # half a cache in one precision and half in another would be neither
+        stored: Precision | None = open_cache(out).settings.get("precision")
+        if stored is not None:
+            return stored
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def _set_up(
+    out: Path, identity: CacheIdentity, manifest: Manifest, feed: Feed, settings: Settings, stop: Callable[[], bool]
+) -> CacheWriter:
+    """Calibrate, and create the store."""
+    calibration, heldout = choose_rows(manifest.rows("train"), settings.calibration_rows, settings.seed)
+    with progress("calibrating", total=len(calibration) + len(heldout), unit="rows") as bar:
+
+        def stream(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Features]]:
+            with closing(feed(in_batches(rows, settings.batch_size))) as batches:
+                for batch in batches:
+                    if stop():
+                        raise Stopped("calibration was cut off")
+                    bar.advance(len(batch.rows))
+                    if batch.ok.any():
+                        yield batch.rows[batch.ok], {k: v.cpu().numpy() for k, v in batch.features.items()}
+
+        fit = calibrate(
+            stream,
+            calibration,
+            heldout,
+            widths=feed.teacher.widths,
+            pca=settings.pca,
+            dtype=settings.dtype,
+            folder=out.absolute().parent,
+        )
+    return CacheWriter.create(out, identity, fit, shard_rows=settings.shard_rows)
+
+
+def _write_shards(
+    writer: CacheWriter, feed: Feed, batch_size: int, limit: int | None, stop: Callable[[], bool]
+) -> tuple[int, float]:
+    """Extract and publish what is missing; returns how many rows that was and the seconds it took."""
+    todo = list(shards_to_do(writer, limit))  # shard, rows of it
+    total, started = sum(len(rows) for _, rows in todo), time.monotonic()
+    encoder = ShardEncoder(writer, feed)
+    batches = (batch for _, rows in todo for batch in in_batches(rows, batch_size))
+    with progress("extracting", total=total, unit="rows") as bar, closing(feed(batches)) as stream:
+        for index, rows in todo:
+            encoder.begin(index)
+            for _ in in_batches(rows, batch_size):
+                encoder.add(next(stream))
+                bar.advance(len(encoder.last))
+                if stop():
+                    raise Stopped(_so_far(writer))
+            encoder.publish()
+            _note_failures(bar, feed)
+    return total, time.monotonic() - started
+
+
+def _so_far(writer: CacheWriter) -> str:
+    stored = int((open_cache(writer.path).state() != ABSENT).sum())
+    return f"extraction with {stored:,} of {writer.rows:,} rows stored"
+
+
+def _note_failures(bar: Progress, feed: Feed) -> None:
+    if feed.failed:
+        bar.note(f"{len(feed.failed)} undecodable")
+
+
+def shards_to_do(writer: CacheWriter, limit: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """(shard, its rows below `limit`) for every shard in which such a row is missing."""
+    state = open_cache(writer.path).state()
+    for index in range(writer.shards):
+        rows = np.asarray(writer.rows_of(index), np.int64)
+        wanted = rows if limit is None else rows[rows < limit]
+        in_part = len(wanted) < len(rows) and bool((state[wanted] != ABSENT).all())
+        if len(wanted) and not in_part and not writer.done(index):
+            yield index, wanted
+
+
+class ShardEncoder:
+    """Collects the encoded rows of one shard at a time, and publishes them."""
+
+    def __init__(self, writer: CacheWriter, feed: Feed) -> None:
+        self.writer, self.codecs = writer, writer.codecs
+        device = feed.teacher.get_buffer("_mean").device
+        self.bases = {
+            name: None if codec.basis is None else torch.from_numpy(np.array(codec.basis)).to(device)
+            for name, codec in self.codecs.items()
+        }
+        self.last = np.zeros(0, np.int64)
+
+    def begin(self, index: int) -> None:
+        """Start shard `index`, all rows absent."""
+        self.index, self.first = index, self.writer.rows_of(index).start
+        n = len(self.writer.rows_of(index))
+        self.arrays = {a.name: np.zeros((n, *a.row_shape), a.dtype) for a in self.writer.arrays}
+        self.state = np.full(n, ABSENT, np.uint8)
+        self.saturated = dict.fromkeys(self.codecs, 0)
+
+    def add(self, batch: FeatureBatch) -> None:
+        """Encode one batch: y = Vᵀx where the features are, then quantise on the CPU."""
+        self.last = batch.rows
+        places = batch.rows - self.first
+        self.state[places] = np.where(batch.ok, OK, UNDECODABLE)
+        places = places[batch.ok]
+        if not len(places):
+            return
+        for name, codec in self.codecs.items():
+            features, basis = batch.features[name], self.bases[name]  # (m, T, C), (C, K)
+            coefficients = features if basis is None else features @ basis
+            stored = codec.quantise(coefficients.cpu().numpy())
+            self.arrays[name][places] = stored.values
+            if stored.token_steps is not None:
+                self.arrays[layout.steps_name(name)][places] = stored.token_steps
+            self.saturated[name] += stored.saturated
+        self.arrays[GLOBAL][places] = to_float16(batch.features[GLOBAL].cpu().numpy())[0]
+
+    def publish(self) -> None:
+        self.writer.write_shard(self.index, self.arrays, self.state, self.saturated)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and SIGINT ask for a stop after the batch at hand; a second SIGINT is Python's own."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        log.warning("stopping after this batch (signal %d)", number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
+        yield lambda: False
+        return
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def summary(cache: Cache) -> dict[str, Any]:
+    """Figures of a cache, JSON-able: rows by state, bytes a stored image, fidelity, baselines, saturated values.
+
+    Raises:
+        PipeError: there is no cache at its path any more.
+    """
+    state = cache.state()
+    return {
+        "rows": {
+            "ok": int((state == OK).sum()),
+            "undecodable": int((state == UNDECODABLE).sum()),
+            "absent": int((state == ABSENT).sum()),
+        },
+        "bytes_per_image": sum(array.row_bytes for array in cache.arrays),
+        "explained": {scale.name: scale.explained for scale in cache.scales},
+        "fidelity": cache.fidelity,
+        "baselines": cache.baseline_losses,
+        "saturated": cache.saturated,
+    }

@@ -1,0 +1,134 @@
+"""From manifest rows to the teacher's features: decoding in threads ahead of the network, memory bounded.
+
+Pillow decodes and resizes outside Python's lock, so threads keep several cores busy; what waits for the network are
+bytes (S, S, 3) of a few batches, never floats. The order and composition of batches are the caller's.
+
+Legend: n rows of a batch, m of them decodable, S image size, T tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.console import log
+from pipeline.data.samples import SampleError, SampleReader
+from pipeline.data.views import View
+from pipeline.errors import PipeError
+from pipeline.teacher.teacher import Teacher
+
+AHEAD = 3  # batches that are decoded or being decoded while the network works
+NAMED_FAILURES = 5  # rows whose problem is logged one by one
+MOST_THREADS = 16
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """rows (n,) int64; ok (n,) bool, False where the image cannot be decoded; features of the m others, on the device:
+    scale → (m, T, C) float32, "global" → (m, C) float32."""
+
+    rows: np.ndarray
+    ok: np.ndarray
+    features: dict[str, Tensor]
+
+
+def decoding_threads(workers: int | Literal["auto"]) -> int:
+    """How many threads decode: as told, or one for each core this process may use."""
+    if workers != "auto":
+        return max(1, workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_THREADS, cores)
+
+
+class Feed:
+    """Calls the teacher on batches of manifest rows.
+
+    Args:
+        reader: gives images by row; shared by all threads.
+        view: geometry; its size is the teacher's.
+        precision: of the network's forward; features are float32 in any case.
+
+    Attributes:
+        failed: rows whose image could not be decoded so far, with the reason.
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        teacher: Teacher,
+        view: View,
+        *,
+        workers: int | Literal["auto"] = "auto",
+        precision: Precision = "float32",
+    ) -> None:
+        self.reader, self.teacher, self.view = reader, teacher, view
+        self.threads, self.precision = decoding_threads(workers), precision
+        self.failed: dict[int, str] = {}
+
+    def __call__(self, batches: Iterable[np.ndarray]) -> Generator[FeatureBatch, None, None]:
+        """One `FeatureBatch` for each of `batches` (n,) int64, in order."""
+        for rows, pixels in self._decoded(batches):
+            ok = np.array([picture is not None for picture in pixels])
+            usable = [picture for picture in pixels if picture is not None]
+            yield FeatureBatch(rows, ok, self._features(usable) if usable else {})
+
+    def _decoded(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, list[np.ndarray | None]]]:
+        waiting: deque[tuple[np.ndarray, list[Future[np.ndarray | None]]]] = deque()
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        try:
+            for rows in batches:
+                waiting.append((rows, [pool.submit(self._pixels, int(row)) for row in rows]))
+                if len(waiting) > AHEAD:
+                    yield _collected(*waiting.popleft())
+            while waiting:
+                yield _collected(*waiting.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _pixels(self, row: int) -> np.ndarray | None:
+        """(S, S, 3) uint8, or None where the image cannot be decoded."""
+        try:
+            return np.asarray(self.view(self.reader.image(row)))
+        except SampleError as error:
+            if row not in self.failed:
+                self.failed[row] = str(error)
+                if len(self.failed) <= NAMED_FAILURES:
+                    log.warning("row %d is left out: %s", row, error)
+            return None
+
+    @torch.inference_mode()
+    def _features(self, pixels: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        device = self.teacher.get_buffer("_mean").device
+        try:
+            images = self.teacher.normalise(torch.from_numpy(np.stack(pixels)).to(device))
+            with torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext():
+                features: dict[str, Tensor] = self.teacher(images)
+        except torch.OutOfMemoryError as error:
+            raise PipeError(
+                f"a batch of {len(pixels)} images does not fit on {device}",
+                where="teacher.batch_size",
+                fix="make it smaller",
+            ) from error
+        return features
+
+
+def _collected(
+    rows: np.ndarray, futures: list[Future[np.ndarray | None]]
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    return rows, [future.result() for future in futures]
+
+
+def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """rows (n,) cut into batches of `size`, the last one smaller."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

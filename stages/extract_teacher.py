@@ -1,0 +1,80 @@
+"""`pipe extract-teacher`: stage one. The frozen teacher looks at every image of the manifest, once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.cache.layout import ScaleSpec
+from pipeline.config import Config
+from pipeline.console import log
+from pipeline.data.manifest import read_manifest
+from pipeline.run_folder import Workspace
+from pipeline.teacher.extract import Extraction, Settings, extract, summary
+from pipeline.teacher.teacher import Teacher, load_teacher
+
+
+def run(config: Config, limit: int | None = None) -> None:
+    """Write workspace/teacher.zarr, or go on with it, and print what is in it.
+
+    Raises:
+        PipeError: no manifest, no weights, or a cache of something else.
+        Stopped: a signal arrived; the same command goes on.
+    """
+    workspace = Workspace(config.workspace)
+    manifest = read_manifest(workspace.manifest)
+    log.info("manifest: %d rows, %d of them usable", len(manifest), len(manifest.rows()))
+    done = extract(manifest, _teacher(config), workspace.teacher, _settings(config), limit=limit)
+    print("\n".join(_report(done)))
+
+
+def _teacher(config: Config) -> Teacher:
+    teacher = config.teacher
+    return load_teacher(
+        teacher.name,
+        model_args=teacher.model_args,
+        checkpoint=teacher.checkpoint,
+        random_weights=teacher.random_weights,
+        image_size=teacher.image_size,
+        scales=[ScaleSpec(scale.name, scale.layer, scale.grid) for scale in teacher.scales],
+        mean=teacher.mean,
+        std=teacher.std,
+        seed=teacher.seed,
+    )
+
+
+def _settings(config: Config) -> Settings:
+    teacher = config.teacher
+    return Settings(
+        view=config.data.view,
+        pca=teacher.pca,
+        dtype=teacher.dtype,
+        calibration_rows=teacher.calibration_rows,
+        seed=teacher.seed,
+        batch_size=teacher.batch_size,
+        workers=config.data.workers,
+    )
+
+
+def _report(done: Extraction) -> list[str]:
+    figures: dict[str, Any] = summary(done.cache)
+    rows, fidelity, baselines = figures["rows"], figures["fidelity"], figures["baselines"]
+    lines = [
+        f"teacher cache   {done.cache.path}",
+        f"rows            {rows['ok']:,} ok, {rows['undecodable']:,} undecodable, {rows['absent']:,} absent",
+        f"bytes an image  {figures['bytes_per_image']:,}",
+    ]
+    if done.rows:
+        lines.append(f"this run        {done.rows:,} rows, {done.rows / max(done.seconds, 1e-9):,.1f} rows/s")
+    lines.append("")
+    lines.append("scale       layer  grid  kept   explained  cosine  worst 1%  Gram rms  mean-Gram loss  saturated")
+    for scale in done.cache.scales:
+        found = fidelity[scale.name]
+        lines.append(
+            f"{scale.name:<10}  {scale.layer:>5}  {scale.grid:>4}  {scale.components:>4}   {scale.explained:>9.4f}  "
+            f"{found['cosine_mean']:.4f}  {found['cosine_worst_1pct']:>8.4f}  {found['gram_rms']:>8.4f}  "
+            f"{baselines['gram'][scale.name]:>14.5f}  {figures['saturated'][scale.name]:>9,}"
+        )
+    rkd = ", ".join(f"{name} {loss:.5f}" for name, loss in baselines["rkd"].items())
+    lines.append("")
+    lines.append(f"image-independent baselines: relational {rkd}; global {baselines['global']:.5f}")
+    return lines
