@@ -30,6 +30,7 @@ from pipeline.console import log
 from pipeline.data.index import build_manifest
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.samples import SampleReader
+from pipeline.data.sources import expand
 from pipeline.errors import PipeError
 from pipeline.evaluation.datasets import Absent, Classification, open_classification
 from pipeline.evaluation.embeddings import hash_json
@@ -131,14 +132,17 @@ def open_entry(entry: Entry, root: Path, cache: Path, workers: int) -> Retrieval
     if entry.kind != "retrieval":
         return open_classification(root / entry.path, entry.splits, cache)
     source = root / entry.path
-    plain = not any(c in entry.path for c in "*?[{")
-    if plain and not source.exists():
+    pattern = any(c in entry.path for c in "*?[{")
+    if not pattern and not source.exists():
         raise Absent(f"no {entry.path}")
-    if not plain and not root.is_dir():
-        raise Absent(f"no folder {root.name}")
-    files = sorted(source.rglob("*")) if source.is_dir() else [source] if source.exists() else []
-    signature = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
-    manifest = cache / "datasets" / f"{hash_json([str(source), signature])[:40]}.parquet"
+    try:
+        files = [file.path for file in expand(str(source)).files]
+    except PipeError as error:
+        if pattern:
+            raise Absent(f"nothing matches {entry.path}") from error
+        raise
+    signature = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    manifest = cache / "datasets" / f"{hash_json(signature)[:40]}.parquet"
     if not manifest.exists():
         build_manifest(str(source), manifest, workers=workers)
     return retrieval_of(read_manifest(manifest), None, entry.split)
