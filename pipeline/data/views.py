@@ -30,7 +30,7 @@ class View:
 
     crop: the shorter side is resized to `size` (bicubic, antialiased), then the centre is cut out; to the bit what
         torchvision's Resize and CenterCrop make of a PIL image. Of images longer than 32 times their height only the
-        window is resized, which may differ from the above by one grey level.
+        window is resized, which may differ from the above by a grey level or two.
     squash: the whole image is resized to the square, as DINOv3's authors do.
     """
 
