@@ -41,7 +41,7 @@ GROUPS: dict[str, tuple[Family, Family]] = {
     "in_modal": (("image", "image"), ("text", "text")),
 }
 OTHER = {"image": "text", "text": "image"}
-CELLS = {"cpu": 1 << 20, "cuda": 1 << 23}  # scores held at once, in each of a handful of buffers
+CELLS = {"cpu": 1 << 18, "cuda": 1 << 23}  # scores held at once, in each of a handful of buffers
 
 
 @dataclass(frozen=True)
