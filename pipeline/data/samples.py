@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.data.manifest import Manifest, ManifestRow
 from pipeline.errors import PipeError
@@ -55,6 +55,8 @@ def decode_image(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(str(error)) from error
+    except UnidentifiedImageError as error:  # its own text holds an address in memory, another one each time
+        raise SampleError(f"cannot decode: no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}") from error
     except Exception as error:  # a broken file makes Pillow's decoders raise whatever they stumble over
         raise SampleError(f"cannot decode: {str(error) or type(error).__name__}"[:200]) from error
 
