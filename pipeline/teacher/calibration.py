@@ -29,7 +29,8 @@ from pipeline.console import log
 from pipeline.errors import PipeError
 
 CALIBRATION_SHARE = 0.8
-HELDOUT_ROWS = 1024
+HELDOUT_SHARE = 1 / 8  # of the calibration's number, within the following bounds
+HELDOUT_ROWS = (256, 1024)  # one block of relational distances at least
 LEAST_HELDOUT = 2  # relational distances need a pair
 BLOCK_BYTES = 64 * 2**20
 
@@ -38,8 +39,9 @@ FeatureStream = Callable[[np.ndarray], Iterator[tuple[np.ndarray, Features]]]  #
 
 
 def choose_rows(train_rows: np.ndarray, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random calibration rows, min(calibration_rows, 80 %) of the training rows, and up to 1,024 others, held out.
+    """Random calibration rows, min(calibration_rows, 80 %) of the training rows, and others that are held out.
 
+    Held out are an eighth as many, 256 to 1,024, as far as there are so many others (our reading of "64 to 1,024").
     Calibration rows are ascending (they are read in the order in which they lie); held-out rows stay shuffled, because
     relational baselines are taken in blocks, as if these were batches.
 
@@ -54,7 +56,8 @@ def choose_rows(train_rows: np.ndarray, calibration_rows: int, seed: int) -> tup
     asked = min(calibration_rows, int(CALIBRATION_SHARE * count), count - LEAST_HELDOUT)
     shuffled = np.random.default_rng(seed).permutation(train_rows)
     calibration, others = shuffled[: max(asked, 1)], shuffled[max(asked, 1) :]
-    return np.sort(calibration), others[:HELDOUT_ROWS]
+    low, high = HELDOUT_ROWS
+    return np.sort(calibration), others[: min(max(int(HELDOUT_SHARE * asked), low), high)]
 
 
 class Spool:

@@ -88,7 +88,7 @@ class Backbone(nn.Module):
         self.has_cls = self.is_vit and prefix > 0 and getattr(model, "cls_token", None) is not None
         self.norm_name = self._find_norm() if self.is_vit else "none"
         if not self.is_vit:
-            # The same numbers, in the layout in which CPU and GPU convolutions are fastest.
+            # The same function, in the layout in which CPU and GPU convolutions are fastest.
             self.model.to(memory_format=torch.channels_last)
 
     def _find_norm(self) -> str:
