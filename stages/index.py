@@ -52,18 +52,20 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def counts_table(summary: Summary) -> Table:
-    """One line a status, `ok` first; issues of whole sources below."""
+    """One line a status, `ok` first; below, in a column of their own, what is wrong with whole sources."""
     table = Table(box=box.SIMPLE_HEAD, title="rows of the manifest", title_justify="left")
     table.add_column("status")
     for split in summary.counts:
         table.add_column(split, justify="right")
+    if summary.issues:
+        table.add_column("sources", justify="right")
     statuses = Counter({OK: 0})
     for counts in summary.counts.values():
         statuses.update(counts)
     for status in sorted(statuses, key=lambda s: (s != OK, -statuses[s], s)):
         table.add_row(status, *(f"{counts.get(status, 0):,}" for counts in summary.counts.values()))
     for status, number in Counter(issue.status for issue in summary.issues).most_common():
-        table.add_row(f"{status} (no row)", f"{number:,}", *("" for _ in list(summary.counts)[1:]))
+        table.add_row(status, *("" for _ in summary.counts), f"{number:,}")
     return table
 
 

@@ -129,15 +129,13 @@ def _rows_of(old: Manifest, name: str) -> list[int]:
 
 def _check_images(old: Manifest, file: SourceFile) -> None:
     """A table's images are files of their own: each must be there with the size it had."""
+    keys, sizes, status = (old.column(name) for name in ("key", "image_bytes", "status"))
     for row in _rows_of(old, file.name):
-        record = old.record(row)
-        if record.status != OK:
-            continue
-        path = file.path.parent / record.key
-        if not path.is_file() or path.stat().st_size != record.image_bytes:
+        path = file.path.parent / keys[row]
+        if status[row] == OK and (not path.is_file() or path.stat().st_size != sizes[row]):
             raise PipeError(
                 "an image of the manifest is gone or changed",
-                where=f"row {row}: {record.key}",
+                where=f"row {row}: {keys[row]}",
                 fix=f"put the old file back, or {_anew(old)}",
             )
 
@@ -146,7 +144,7 @@ def _grown(old: Manifest, file: SourceFile, issues: list[Issue]) -> tuple[Table,
     """A table with more lines than before: which images are new; a caption added to an old one is only noted."""
     table = read_table(file.name, file.path)
     rows = _rows_of(old, file.name)
-    if [valid_utf8(entry.path) for entry in table.entries[: len(rows)]] != [old.record(row).key for row in rows]:
+    if [valid_utf8(entry.path) for entry in table.entries[: len(rows)]] != old.column("key")[rows].tolist():
         raise _refusal("changed since it was indexed", old, [file.name])
     for row, entry in zip(rows, table.entries, strict=False):
         if collect_captions(entry.captions).texts != old.captions(row):

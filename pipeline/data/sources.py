@@ -78,6 +78,8 @@ def _relative(path: Path, root: Path) -> str:
         name.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PipeError("this file's name is not UTF-8", where=repr(name), fix="rename it") from error
+    if name.startswith(VAL_PREFIX):
+        raise PipeError(f"names that begin with {VAL_PREFIX} stand for data.val_source's", where=path, fix="rename it")
     return name
 
 

@@ -51,6 +51,9 @@ def test_single_files_are_named_from_their_folder(folder):
 
 def test_validation_names_cannot_meet_others(folder):
     assert names(folder / "00003.tar", validation=True) == ["val:00003.tar"]
+    (folder / "val:00003.tar").write_bytes(b"")
+    with pytest.raises(PipeError, match="names that begin with val:"):
+        expand(str(folder))
 
 
 @pytest.mark.parametrize(
