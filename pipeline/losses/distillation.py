@@ -51,8 +51,8 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, first: int = 0, sizes: tuple[i
     """
     ours = _relative_distances(at_least_float32(student), first, sizes)
     with torch.no_grad():
-        theirs = _relative_distances(at_least_float32(teacher), first, sizes)
-    total = F.smooth_l1_loss(ours, theirs.to(ours.dtype), reduction="none").sum(1)  # own entries are 0 in both
+        theirs = _relative_distances(teacher.to(ours.dtype), first, sizes)
+    total = F.smooth_l1_loss(ours, theirs, reduction="none").sum(1)  # own entries are 0 in both
     return total / max(ours.shape[1] - 1, 1)
 
 

@@ -83,7 +83,7 @@ def test_fused_loss_passes_gradcheck(order: int) -> None:
     def loss(v: torch.Tensor, w: torch.Tensor, s: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return fused(v, w, s, maps, transition_depth=3)
 
-    assert torch.autograd.gradcheck(loss, tuple(inputs), atol=1e-6, rtol=1e-4)
+    assert torch.autograd.gradcheck(loss, tuple(inputs), atol=1e-6, rtol=1e-4, fast_mode=True)
     assert torch.equal(reference[0], inputs[0].detach())
 
 
@@ -169,7 +169,7 @@ def test_float32_is_exact_at_s_100_on_a_learned_ranking_where_the_published_loss
     single = circle.float().requires_grad_()
     found = fused(single, circle.float().roll(0, 0), s.float(), **options)
     found.backward()
-    assert float(found) == pytest.approx(float(exact), rel=1e-3)
+    assert float(found.detach()) == pytest.approx(float(exact), rel=1e-3)
     assert single.grad is not None
     assert single.grad.isfinite().all()
     published = 2 * published_list_mle(x[:4], x[:4]) / n
@@ -201,7 +201,7 @@ def test_float32_agrees_with_float64(order: int) -> None:
     narrow = leaves(pairs, 50.0, narrow_maps)
     found = fused(*narrow[:3], narrow_maps)
     # Two precisions rank near-ties differently: a few lists differ by a little.
-    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     for a, b in zip(gradients(found, narrow), of_expected, strict=True):
         assert (a - b).norm() <= 2e-2 * b.norm()
 
@@ -224,7 +224,7 @@ def test_terms_recompose_the_loss_and_split_head_from_tail() -> None:
     tables = {"image": maps["image"](v), "text": maps["text"](w)}
     found = list_loss(Pairs.alone(v, w, s), ListSettings(transition_depth=3, head_share=0.25), BOTH, tables)
     terms = found.terms
-    assert float(found.loss) == pytest.approx(sum(BOTH[k] * float(terms[k]) for k in BOTH))
+    assert float(found.loss.detach()) == pytest.approx(sum(BOTH[k] * float(terms[k]) for k in BOTH))
     for group in BOTH:  # both directions: twice the mean over them
         expected = 2 * (0.25 * terms[f"{group}/head_nll"] + 0.75 * terms[f"{group}/tail_nll"])
         torch.testing.assert_close(terms[group], expected)

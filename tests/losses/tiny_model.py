@@ -1,0 +1,91 @@
+"""A model with everything the objective reads, small enough to differentiate in float64 and to run in two processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.losses.objective import LossWeights, Objective
+from pipeline.losses.targets import TargetInfo
+
+PIXELS, VOCABULARY, WIDTH, TOKENS, TEACHER = 12, 11, 6, 4, 5
+
+
+class TinyModel(nn.Module):
+    """Linear maps in the places of trunk, student and gates; γ is not 0, so that every path carries gradient."""
+
+    def __init__(self, *, student: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = SimpleNamespace(embed_dim=WIDTH)
+        self.has_student = student
+        self.image, self.text = nn.Linear(PIXELS, WIDTH), nn.EmbeddingBag(VOCABULARY, WIDTH)
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
+        if student:
+            self.tokens = nn.Linear(PIXELS, TOKENS * 3)
+            self.image_head, self.text_head = nn.Linear(WIDTH, TEACHER), nn.Linear(WIDTH, TEACHER)
+            self.delta = nn.ModuleDict({"image": nn.Linear(WIDTH, WIDTH), "text": nn.Linear(WIDTH, WIDTH)})
+            self.gates = nn.ModuleDict({"image": nn.Linear(2 * WIDTH, WIDTH), "text": nn.Linear(2 * WIDTH, WIDTH)})
+            self.gamma = nn.ParameterDict({"image": torch.tensor(0.3), "text": torch.tensor(-0.2)})
+        self.double()
+
+    def gate_on(self, side: str, base: Tensor, delta: Tensor) -> Tensor:
+        return self.gates[side](torch.cat([base, delta], 1)).sigmoid()
+
+    def _side(self, name: str, base: Tensor) -> tuple[Tensor, SimpleNamespace]:
+        delta = self.delta[name](base)
+        gate = self.gate_on(name, base, delta)
+        pushed = gate * delta
+        tangent = pushed - (pushed * base).sum(1, keepdim=True) * base
+        gamma = self.gamma[name]
+        out = (base + gamma * tangent) / torch.sqrt(1 + gamma**2 * tangent.square().sum(1, keepdim=True))
+        return out, SimpleNamespace(gate=gate, delta=delta, gamma=gamma, tangent=tangent)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> SimpleNamespace:
+        flat = images.flatten(1).to(self.image.weight.dtype)
+        image, text = self.image(flat), self.text(tokens)
+        z, t = F.normalize(image, dim=1), F.normalize(text, dim=1)
+        out = SimpleNamespace(z=z, t=t, v=z, w=t, logit_scale=self.log_scale.exp(), image=None, text=None)
+        out.student_tokens = out.image_global = out.text_global = out.text_pooled = None
+        if self.has_student:
+            out.v, out.image = self._side("image", z)
+            out.w, out.text = self._side("text", t)
+            out.student_tokens = {"fine": self.tokens(flat).unflatten(1, (TOKENS, 3))}
+            out.image_global, out.text_global, out.text_pooled = self.image_head(image), self.text_head(text), text
+        return out
+
+
+def batch(n: int, *, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """images (n, 3, 2, 2), tokens (n, 3), and stored targets of one int8 scale."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 2, 2, generator=generator)
+    tokens = torch.randint(0, VOCABULARY, (n, 3), generator=generator)
+    fine = torch.randint(-127, 128, (n, TOKENS, 3), generator=generator, dtype=torch.int8)
+    return images, tokens, {"fine": fine, "global": torch.randn(n, TEACHER, generator=generator).half()}
+
+
+def info() -> TargetInfo:
+    steps = torch.tensor([0.01, 0.02, 0.03])
+    return TargetInfo(
+        ("fine",), {"fine": steps}, {"gram": {"fine": 0.2}, "rkd": {"fine": 0.1, "global": 0.3}, "global": 0.5}
+    )
+
+
+def objective(order: int, *, student: bool = True, depth: int = 3, **weights: object) -> Objective:
+    """An objective in float64 whose βs are not 0."""
+    found = Objective(
+        TinyModel(student=student),  # type: ignore[arg-type]
+        order=order,
+        transition_depth=depth,
+        transition_dim=4,
+        weights=LossWeights(**weights),  # type: ignore[arg-type]
+        targets=info() if student else None,
+    ).double()
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if name.endswith("betas"):
+                parameter.copy_(torch.linspace(0.5, -0.4, len(parameter)))
+    return found
