@@ -11,9 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.report.page import write_report
-from pipeline.report.tables import tables
-
 from pipeline.config import Config, read_yaml, shipped
 from pipeline.console import log
 from pipeline.data.manifest import read_manifest
@@ -23,6 +20,8 @@ from pipeline.evaluation.records import to_json
 from pipeline.evaluation.registry import Entry, parse_suite, retrieval_of
 from pipeline.evaluation.subjects import run_subject, teacher_subject
 from pipeline.evaluation.suite import Results, Subject, run_entry, run_suite
+from pipeline.report.page import write_report
+from pipeline.report.tables import tables
 from pipeline.run_folder import RunFolder, Workspace, code_version
 
 VALIDATION = "validation"

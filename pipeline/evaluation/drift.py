@@ -131,12 +131,12 @@ def sides(embedder: Embedder, images: ManifestImages, texts: Sequence[str], what
             tokens = encoder.tokenizer([texts[k] for k in indices]).to(embedder.device)
             with torch.inference_mode():
                 forward = encoder.model(batch, tokens)
-            scale = float(forward.logit_scale)
+            scale = float(forward.logit_scale.detach())
             for name, base in (("image", forward.z), ("text", forward.t)):
                 side = getattr(forward, name)
                 parts = (base, torch.zeros_like(base), torch.zeros_like(base))
                 if side is not None:
-                    parts, gamma[name], injects[name] = (base, side.gate, side.delta), float(side.gamma), True
+                    parts, gamma[name], injects[name] = (base, side.gate, side.delta), float(side.gamma.detach()), True
                 collected[name].append(tuple(part.double().cpu() for part in parts))
             bar.advance(len(indices))
     both = []

@@ -135,7 +135,6 @@ class Embedder:
 
     def _embed_images(self, images: Images, what: str) -> Arrays:
         encoder = self.encoder
-        blank = None if encoder.tokenizer is None else encoder.tokenizer([""]).to(self.device)
         filled: Arrays = {OK: np.zeros(len(images), dtype=bool)}
         with progress(f"embedding {what} with {self.name}", total=len(images), unit="images") as bar:
             for indices, pixels in loaded_batches(images, encoder.preprocess, self.batch_size, self.workers):
@@ -144,7 +143,7 @@ class Embedder:
                 if good:
                     batch = torch.stack([p for p in pixels if p is not None]).to(self.device)
                     with torch.inference_mode():
-                        found = image_nodes(encoder.model, batch, blank)
+                        found = image_nodes(encoder.model, batch)
                     for node, vectors in found.items():
                         _place(filled, node, rows, vectors, len(images))
                     filled[OK][rows] = True
@@ -155,13 +154,12 @@ class Embedder:
         encoder = self.encoder
         if encoder.tokenizer is None:
             raise PipeError("this model reads no texts", where=self.name, fix="use it for probes only")
-        blank = encoder.preprocess(Image.new("RGB", (64, 64)))[None].to(self.device)
         filled: Arrays = {}
         with progress(f"embedding {what} texts with {self.name}", total=len(texts), unit="texts") as bar:
             for start in range(0, len(texts), self.batch_size):
                 part = list(texts[start : start + self.batch_size])
                 with torch.inference_mode():
-                    found = text_nodes(encoder.model, encoder.tokenizer(part).to(self.device), blank)
+                    found = text_nodes(encoder.model, encoder.tokenizer(part).to(self.device))
                 for node, vectors in found.items():
                     _place(filled, node, range(start, start + len(part)), vectors, len(texts))
                 bar.advance(len(part))
