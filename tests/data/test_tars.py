@@ -178,6 +178,29 @@ def test_a_cut_caption_is_not_half_a_caption(tmp_path):
     assert issues[0][0] == "source_cut"
 
 
+def test_a_tar_cut_between_two_files_is_known_by_its_missing_end_mark(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(0, 2))
+    data = path.read_bytes()
+    path.write_bytes(data[: data.find(b"000000001.jpg")])
+    rows, issues = scan(path)
+    assert [row["status"] for row in rows] == ["ok"]
+    assert issues == [("source_cut", "no end mark after 3 files: more may have followed")]
+
+
+def test_a_header_that_points_backwards_ends_the_reading(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(0, 2))
+    data = bytearray(path.read_bytes())
+    header = data.find(b"000000001.jpg")
+    size = -(header + 512)  # back to the first file: some versions of tarfile go round for ever
+    data[header + 124 : header + 136] = size.to_bytes(12, "big", signed=True)
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    path.write_bytes(data)
+    rows, issues = scan(path)
+    assert [row["status"] for row in rows] == ["ok"]
+    assert [status for status, _ in issues] == ["source_cut"]
+
+
 def test_damage_in_the_middle_is_told_from_the_end(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(0, 4))
     data = bytearray(path.read_bytes())
