@@ -86,6 +86,19 @@ def test_a_reader_in_use_works_on_in_other_processes(reader, method):
             assert captions == reader.captions(row)
 
 
+def test_a_fork_while_another_thread_opens_a_file_does_not_hang_the_child(reader):
+    context = multiprocessing.get_context("fork")
+    with reader._lock:  # as another thread may at that moment
+        child = context.Process(target=lambda: reader.image_bytes(0) == image(0) or os._exit(1))
+        child.start()
+        child.join(30)
+        hung = child.is_alive()
+        if hung:
+            child.kill()
+    assert not hung
+    assert child.exitcode == 0
+
+
 def test_a_reader_pickles_small_and_without_open_files(reader):
     reader.read(3)
     data = pickle.dumps(reader)
