@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.cache.layout import ScaleSpec
+from pipeline.cache.layout import GLOBAL, ScaleSpec
 from pipeline.config import Config
 from pipeline.console import log
 from pipeline.data.manifest import read_manifest
@@ -74,7 +74,8 @@ def _report(done: Extraction) -> list[str]:
             f"{found['cosine_mean']:.4f}  {found['cosine_worst_1pct']:>8.4f}  {found['gram_rms']:>8.4f}  "
             f"{baselines['gram'][scale.name]:>14.5f}  {figures['saturated'][scale.name]:>9,}"
         )
-    rkd = ", ".join(f"{name} {loss:.5f}" for name, loss in baselines["rkd"].items())
+    names = [*(scale.name for scale in done.cache.scales), GLOBAL]
+    rkd = ", ".join(f"{name} {baselines['rkd'][name]:.5f}" for name in names)
     lines.append("")
     lines.append(f"image-independent baselines: relational {rkd}; global {baselines['global']:.5f}")
     return lines

@@ -52,7 +52,7 @@ class Settings:
         dtype: int8 (a step a component), int8_token (a step a token) or float16.
         calibration_rows: at most this many training rows are fitted on.
         seed: of the choice of calibration rows.
-        batch_size: images a forward.
+        batch_size: images a forward on a GPU, and read ahead together.
         workers: decoding threads; "auto": one a core.
         precision: of the forward; "auto": the cache's where there is one, else bfloat16 on a GPU, float32 on a CPU.
         shard_rows: rows a shard; None: by bytes, 512 to 4,096.
@@ -154,7 +154,7 @@ def _set_up(
             with closing(feed(in_batches(rows, settings.batch_size))) as batches:
                 for batch in batches:
                     if stop():
-                        raise Stopped("calibration was cut off")
+                        raise Stopped("in the calibration, which will start anew")
                     bar.advance(len(batch.rows))
                     if batch.ok.any():
                         yield batch.rows[batch.ok], {k: v.cpu().numpy() for k, v in batch.features.items()}

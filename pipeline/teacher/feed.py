@@ -27,6 +27,7 @@ from pipeline.errors import PipeError
 from pipeline.teacher.teacher import Teacher
 
 AHEAD = 3  # batches that are decoded or being decoded while the network works
+CPU_IMAGES = 4  # a forward on a CPU: larger ones leave its caches and get fresh pages each time (twice the time at 64)
 NAMED_FAILURES = 5  # rows whose problem is logged one by one
 MOST_THREADS = 16
 
@@ -109,18 +110,22 @@ class Feed:
 
     @torch.inference_mode()
     def _features(self, pixels: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """m pictures (S, S, 3) uint8 → scale → (m, T, C) float32, "global" → (m, C) float32."""
         device = self.teacher.get_buffer("_mean").device
+        at_once = CPU_IMAGES if device.type == "cpu" else len(pixels)
+        parts = []
         try:
-            images = self.teacher.normalise(torch.from_numpy(np.stack(pixels)).to(device))
-            with torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext():
-                features: dict[str, Tensor] = self.teacher(images)
+            for start in range(0, len(pixels), at_once):
+                images = torch.from_numpy(np.stack(pixels[start : start + at_once])).to(device)
+                with torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext():
+                    parts.append(self.teacher(self.teacher.normalise(images)))
         except torch.OutOfMemoryError as error:
             raise PipeError(
                 f"a batch of {len(pixels)} images does not fit on {device}",
                 where="teacher.batch_size",
                 fix="make it smaller",
             ) from error
-        return features
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _collected(

@@ -5,18 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.cache.reader import open_cache
 from pipeline.config import load_config
 from pipeline.errors import PipeError
-from stages import extract_teacher
+from stages import extract_teacher, index
 
 
 def config_file(folder: Path) -> Path:
+    """pipe.yaml beside the tars of the fixture `tiny_tars`: 48 pictures of 32 pixels."""
+    teacher = {
+        "name": "vit_small_patch16_dinov3_qkvb",
+        "model_args": {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "init_values": 1.0},
+        "random_weights": True,
+        "image_size": 32,
+        "batch_size": 8,
+        "pca": 16,
+        "calibration_rows": 24,
+        "scales": [{"name": "fine", "layer": -1, "grid": 4}, {"name": "mid", "layer": 1, "grid": 2}],
+    }
     path = folder / "pipe.yaml"
-    path.write_text("data: {source: nowhere}\nteacher: {name: mobilenetv2_050, random_weights: true}\n")
+    path.write_text(yaml.safe_dump({"data": {"source": "tars", "workers": 0}, "teacher": teacher}))
     return path
 
 
 def test_without_a_manifest_it_says_which_command_makes_one(tmp_path: Path):
     with pytest.raises(PipeError, match="pipe index"):
         extract_teacher.run(load_config(config_file(tmp_path)), limit=None)
+
+
+def test_it_says_what_is_in_the_cache_and_goes_on_where_a_limit_ended(
+    tiny_tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = load_config(config_file(tmp_path))
+    index.run(config)
+    capsys.readouterr()
+    extract_teacher.run(config, limit=9)
+    assert "9 ok, 0 undecodable, 39 absent" in capsys.readouterr().out
+    extract_teacher.run(config)
+    said = capsys.readouterr().out
+    assert "48 ok, 0 undecodable, 0 absent" in said
+    fidelity = open_cache(config.workspace / "teacher.zarr").fidelity["mid"]["cosine_mean"]
+    assert f"{fidelity:.4f}" in said
+    extract_teacher.run(config)
+    assert "this run" not in capsys.readouterr().out  # nothing was left to do

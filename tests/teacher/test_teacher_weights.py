@@ -96,7 +96,7 @@ class _Trap:
 
 def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "trap.pth").write_bytes(pickle.dumps({"weight": _Trap()}))
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps({"weight": _Trap()}, protocol=2))
     with pytest.raises(PipeError, match="cannot read this checkpoint"):
         load(tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
