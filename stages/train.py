@@ -16,7 +16,7 @@ from pipeline.cache.reader import Cache, check_matches, open_cache
 from pipeline.config import Config
 from pipeline.console import log
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.errors import PipeError, Stopped
+from pipeline.errors import PipeError
 from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file, write_bytes, write_json
 
 VALIDATION_ROWS = 1000  # enough for a curve; pipe evaluate measures on all of them
@@ -29,7 +29,8 @@ def run(config: Config, *, name: str | None, resume: bool) -> None:
         PipeError: the manifest or cache is missing or does not match, the run exists, or the loss is not finite.
         Stopped: a signal arrived; the state is saved.
     """
-    from pipeline.training import machine, resume as resuming
+    from pipeline.training import machine
+    from pipeline.training import resume as resuming
 
     if machine.several_gpus_alone():
         machine.launch_on_all_gpus("stages.cli", sys.argv[1:])
@@ -103,7 +104,7 @@ def asked_teacher(config: Config) -> dict[str, Any]:
         "name": config.teacher.name,
         "image_size": config.teacher.image_size,
         "view": config.data.view,
-        "scales": [(scale.name, scale.grid) for scale in config.teacher.scales],
+        "scales": [{"name": scale.name, "grid": scale.grid} for scale in config.teacher.scales],
     }
 
 
@@ -167,7 +168,10 @@ def _prepare(config: Config, data: Data, folder: RunFolder) -> Session:
 
 def build_objective(config: Config, cache: Cache | None) -> Any:
     """Model and losses of a configuration; the trunk is built first, so that methods with one seed share it."""
-    from pipeline.losses.objective import LossWeights, Objective, TargetInfo
+    import torch
+
+    from pipeline.losses.objective import LossWeights, Objective
+    from pipeline.losses.targets import TargetInfo
     from pipeline.models.dinorankclip import DinoRankCLIP
 
     model_config = config.model
@@ -185,9 +189,12 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
             "gate": model_config.gate.model_dump(),
         }
         targets = TargetInfo.from_cache(cache)
+    model = DinoRankCLIP(**arguments)
+    if has_student and cache is not None:
+        model.start_global_heads_at(torch.from_numpy(cache.baselines["global_mean"]))
     weights = LossWeights(**{("global_" if k == "global" else k): v for k, v in _loss_values(config).items()})
     return Objective(
-        DinoRankCLIP(**arguments),
+        model,
         order=config.train.order,
         transition_depth=config.train.transition_depth,
         transition_dim=config.loss.transition_dim,
@@ -212,8 +219,14 @@ def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
     target_rows = None
     if config.data.permute_targets:
         target_rows = permuted_rows(data.train_rows, manifest_rows=len(data.manifest), seed=config.train.seed)
-    shared = {"cache": data.cache, "target_rows": target_rows, "seed": config.train.seed}
-    dataset = PairDataset(SampleReader(data.manifest), preprocess, model.trunk.tokenizer, **shared)
+    dataset = PairDataset(
+        SampleReader(data.manifest),
+        preprocess,
+        model.trunk.tokenizer,
+        cache=data.cache,
+        target_rows=target_rows,
+        seed=config.train.seed,
+    )
     return {"train": dataset, "val": dataset}
 
 
@@ -279,8 +292,8 @@ def _train(session: Session, config: Config, data: Data) -> None:
 
 def _finish(session: Session, config: Config, data: Data) -> None:
     from pipeline.models.cost import flops_per_sample
-    from pipeline.training import machine
     from pipeline.models.dinorankclip import save
+    from pipeline.training import machine
 
     training = session.training
     folder, objective = training.folder, training.bare

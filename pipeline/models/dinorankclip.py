@@ -204,6 +204,20 @@ class DinoRankCLIP(nn.Module):
         image, text = self.image_nodes(images), self.text_nodes(tokens)
         return {node: (image[node], text[node]) for node in image if node in text}
 
+    @torch.no_grad()
+    def start_global_heads_at(self, mean: Tensor) -> None:
+        """Let both heads onto the teacher's `global` begin as the predictor that ignores the image (our reading).
+
+        A teacher whose global vectors are nearly alike makes the unit of L_global small, and a random head starts at a
+        hundred of them: its gradient would then drown every other under the common clipping.
+
+        Args:
+            mean: (C,) the teacher's mean unit vector.
+        """
+        for branch in self.student.values():
+            branch.global_head.weight.zero_()  # type: ignore[union-attr, operator]
+            branch.global_head.bias.copy_(mean)  # type: ignore[union-attr, operator]
+
     def parameter_counts(self) -> dict[str, int]:
         """Part → number of parameters; parts do not overlap, `total` is their sum."""
         counts = {"trunk": _count(self.trunk)}
