@@ -99,10 +99,7 @@ class Backbone(nn.Module):
         return "none"
 
     def stride(self, layer: int) -> int:
-        """Pixels a token of `layer` spans."""
-        if self.is_vit:
-            patch: Any = self.model.patch_embed.patch_size
-            return int(patch[0] if isinstance(patch, Sequence) else patch)
+        """Pixels a token of `layer` spans: a ViT's patch, a CNN's reduction."""
         return int(self.model.feature_info[layer]["reduction"])
 
     def forward(self, images: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
