@@ -132,6 +132,9 @@ def test_changed_and_vanished_sources_are_refused_by_name(tmp_path):
     (folder / "1.tar").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])  # same size, one bit
     with pytest.raises(PipeError, match=r"changed since it was indexed.*1\.tar; put the old file back, or index anew"):
         build(folder, out)
+    (folder / "1.tar").write_bytes(good + bytes(512))  # a tar does not grow
+    with pytest.raises(PipeError, match=r"changed since it was indexed.*1\.tar"):
+        build(folder, out)
     (folder / "1.tar").unlink()
     (folder / "0.tar").unlink()
     with pytest.raises(PipeError, match=r"is gone.*0\.tar and 1 more"):

@@ -85,6 +85,16 @@ def test_growth_fills_up_to_the_share_of_all_rows_and_moves_nobody():
     assert again == first.split
 
 
+def test_copies_of_held_out_images_count_towards_the_share():
+    first = fresh(list(range(100)))
+    old = {digest(n): side for n, side in enumerate(first.split)}
+    copies = [n for n, side in enumerate(first.split) if side == "val"]
+    images = copies + list(range(100, 280))
+    added = split_by_hash([digest(n) for n in images], ["ok"] * 190, old, Counter(first.split), 0.01).split
+    assert added[: len(copies)] == ["val"] * 10
+    assert added.count("val") == 29 - 10  # a tenth of 290 rows, ten of which stood
+
+
 def test_growth_of_a_large_set_holds_out_no_more_than_the_fraction():
     first = fresh(list(range(2_000)), fraction=0.01)
     usable = Counter(first.split)
