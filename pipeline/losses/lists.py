@@ -41,6 +41,7 @@ GROUPS: dict[str, tuple[Family, Family]] = {
     "in_modal": (("image", "image"), ("text", "text")),
 }
 OTHER = {"image": "text", "text": "image"}
+ROW_SLOT, ALL_SLOT, SCALE_SLOT = {"image": 0, "text": 1}, {"image": 2, "text": 3}, 4  # places among the inputs
 CELLS = {"cpu": 1 << 18, "cuda": 1 << 23}  # scores held at once, in each of a handful of buffers
 
 
@@ -120,10 +121,9 @@ class _State:
         self.gradients = [torch.zeros_like(x) for x in self.inputs] if wanted else None
         # One Python object may stand for rows and candidates both; each has its own slot all the same.
         detached = [x.detach() for x in self.inputs]
-        self.rows = {"image": detached[0], "text": detached[1]}
-        self.all = {"image": detached[2], "text": detached[3]}
-        self.scale = detached[4]
-        self.row_slot, self.all_slot = {"image": 0, "text": 1}, {"image": 2, "text": 3}
+        self.rows = {name: detached[slot] for name, slot in ROW_SLOT.items()}
+        self.all = {name: detached[slot] for name, slot in ALL_SLOT.items()}
+        self.scale = detached[SCALE_SLOT]
 
 
 def _sum_chunks(state: _State, weights: dict[str, float]) -> tuple[dict[str, Tensor], Tensor]:
@@ -218,10 +218,10 @@ def _family_chunk(state: _State, plan: _Plan, family: Family, x: Tensor, referen
                 ranked.utilities += tail.utilities
     if state.gradients is not None and ranked.utilities is not None:
         g = ranked.utilities
-        state.gradients[4] += (g * x).sum(dtype=torch.float64).to(g.dtype)
+        state.gradients[SCALE_SLOT] += (g * x).sum(dtype=torch.float64).to(g.dtype)
         g *= state.scale
-        state.gradients[state.row_slot[modality]][chunk].addmm_(g, state.all[of_candidates])
-        state.gradients[state.all_slot[of_candidates]].addmm_(g.T, state.rows[modality][chunk])
+        state.gradients[ROW_SLOT[modality]][chunk].addmm_(g, state.all[of_candidates])
+        state.gradients[ALL_SLOT[of_candidates]].addmm_(g.T, state.rows[modality][chunk])
     return nll
 
 
@@ -250,7 +250,7 @@ def _head(state: _State, plan: _Plan, of_candidates: str, u: Tensor, order: Tens
                 if gradient is not None:
                     state.gradients[slot] += gradient
         state.gradients[first] += ranked.keys
-        state.gradients[4] += ranked.scale.to(state.scale.dtype)
+        state.gradients[SCALE_SLOT] += ranked.scale.to(state.scale.dtype)
     return ranked
 
 

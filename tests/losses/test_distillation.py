@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,3 +157,17 @@ def test_a_baseline_near_zero_is_replaced_and_said(
         assert info.baseline("gram", "a") == 1e-4
     assert "gram baseline" in caplog.text
     assert info.baseline("global") == 0.25
+
+
+def test_target_info_of_a_cache_keeps_its_names_steps_and_units() -> None:
+    cache = SimpleNamespace(
+        scales=(SimpleNamespace(name="a"), SimpleNamespace(name="b")),
+        steps={"a": np.array([0.5, 2.0], np.float32), "b": None},
+        baseline_losses=BASELINES,
+    )
+    info = TargetInfo.from_cache(cache)  # type: ignore[arg-type]
+    assert info.scales == ("a", "b")
+    assert info.steps["a"] is not None
+    assert info.steps["a"].tolist() == [0.5, 2.0]
+    assert info.steps["b"] is None
+    assert info.baseline("rkd", "global") == 0.1
