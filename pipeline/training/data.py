@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class PairDataset(Dataset[Batch]):
         self.samples, self.preprocess, self.tokenizer = samples, preprocess, tokenizer
         self.cache, self.target_rows, self.seed = cache, target_rows, seed
 
-    def __getitem__(self, step: Step) -> Batch:  # type: ignore[override]
+    def __getitem__(self, step: Step) -> Batch:
         images, captions, rows, failed = [], [], [], []
         for row in step.rows.tolist():
             try:
@@ -106,10 +107,10 @@ def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_me
     return iter(
         DataLoader(
             dataset,
-            sampler=_Steps(steps),  # type: ignore[arg-type]
+            sampler=_Steps(steps),
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=_as_is,  # a worker's answer is a whole batch already
             pin_memory=pin_memory,
             prefetch_factor=4 if workers else None,
         )
@@ -126,5 +127,5 @@ class _Steps:
         return iter(self.steps)
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
