@@ -99,11 +99,11 @@ def told_apart(x: Matrix, y: Matrix, *, seed: int = SEED) -> Matrix:
     return ((classifier.predict(x[held]) == 0).astype(float) + (classifier.predict(y[held]) == 1)) / 2
 
 
-def subset(n: int, *, seed: int = SEED) -> NDArray[np.int64]:
-    """The pairs that are measured: all, or a seeded MAX_PAIRS of them, ascending."""
-    if n <= MAX_PAIRS:
+def subset(n: int, most: int = MAX_PAIRS, *, seed: int = SEED) -> NDArray[np.int64]:
+    """The pairs that are measured: all, or a seeded `most` of them, ascending."""
+    if n <= most:
         return np.arange(n)
-    return np.sort(np.random.default_rng(seed).choice(n, MAX_PAIRS, replace=False))
+    return np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
 
 
 def evaluate(nodes: Mapping[str, tuple[Floats, Floats]], *, split: str) -> list[Measurement]:
