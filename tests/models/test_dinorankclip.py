@@ -63,8 +63,9 @@ def test_the_trunk_starts_the_same_with_and_without_a_student() -> None:
 
 def test_forward_fills_every_field_with_its_shape() -> None:
     model = with_gamma(shaken(build()), 0.5)
-    out: Any = model(*batch(model, 4))
-    assert type(out) is Forward
+    returned = model(*batch(model, 4))
+    assert isinstance(returned, Forward)
+    out: Any = returned
     for vectors in (out.z, out.t, out.v, out.w):
         assert vectors.shape == (4, 32)
         assert vectors.norm(dim=1).sub(1).abs().max() < 1e-6
