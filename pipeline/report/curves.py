@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pipeline.report.run_tables import TERMS
 from pipeline.report.runs import Group, Run
 from pipeline.report.style import DASHES, RUN_LEGEND, Figure, draw, legend, light, series
-from pipeline.report.text import compact, slug
+from pipeline.report.text import compact, shortened, slug
 
 POINTS = 240  # of a thinned curve
 
@@ -68,13 +68,8 @@ def distilled(groups: Sequence[Group], runs: dict[str, Run]) -> Section:
     for term in sorted(keys, key=lambda term: ([*TERMS, ""].index(_family(term)), term)):
         if not term.startswith(TERMS):
             continue
-        points = _read(runs, [f"val/{term}"])
-        title = f"{term} / baseline"
-        panels.append(
-            _curves(
-                f"ratio_{slug(term)}", title, groups, _read(runs, [f"train/{term}"]), points=points, zero=True, line=1
-            )
-        )
+        lines, points = _read(runs, [f"train/{term}"]), _read(runs, [f"val/{term}"])
+        panels.append(_curves(f"ratio_{slug(term)}", term, groups, lines, points=points, zero=True, level=1))
     return Section.of(panels)
 
 
@@ -137,9 +132,9 @@ def _curves(
     *,
     points: dict[str, Curve] | None = None,
     zero: bool = False,
-    line: float | None = None,
+    level: float | None = None,
 ) -> Panel | None:
-    """One curve a run in its group's colour; `points` as markers over it; `line`: a dashed level."""
+    """One curve a run in its group's colour; `points` as markers over it; `level`: a dashed line."""
     points = points or {}
     present = [group for group in groups if any(run in curves or run in points for run in group.runs)]
     if not present:
@@ -157,8 +152,8 @@ def _curves(
                     )
                 if run in points:
                     axes.plot(*points[run], linestyle="", marker=style["marker"], color=style["color"], ms=5.5)
-        if line is not None:
-            axes.axhline(line, color=light("ink"), linewidth=1.1, linestyle=DASHES[1])
+        if level is not None:
+            axes.axhline(level, color=light("ink"), linewidth=1.1, linestyle=DASHES[1])
         _samples_axis(axes)
         if zero:
             axes.set_ylim(bottom=0)
@@ -221,5 +216,5 @@ def run_legend(axes: Axes, groups: Sequence[Group], *, lines_only: bool = True) 
         style: dict[str, Any] = series(group.index)
         if not lines_only:
             style["linestyle"] = ""
-        handles.append(Line2D([], [], label=group.label, markersize=5, **style))
+        handles.append(Line2D([], [], label=shortened(group.label), markersize=5, **style))
     legend(axes, gid=RUN_LEGEND, handles=handles, loc="best")

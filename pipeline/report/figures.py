@@ -15,7 +15,7 @@ from pipeline.report.results import NODES, Results
 from pipeline.report.runs import Group, Run
 from pipeline.report.style import DASHES, draw, light, series
 from pipeline.report.table import Number
-from pipeline.report.text import slug
+from pipeline.report.text import shortened, slug
 
 
 def figures(results: Results, runs: Sequence[Run]) -> dict[str, Section]:
@@ -70,10 +70,16 @@ def _recall_bars(rows: list[tuple[Group, Number, Number]], chance: float | None)
                 axes.barh(y, 100 * cell.value, height=0.8, color=style["color"], alpha=1 if number == 0 else 0.55)
                 axes.plot([100 * low, 100 * high], [y, y], color=light("ink"), linewidth=1.2, solid_capstyle="butt")
                 end = 100 * max(cell.value, high)
-                text = f" {100 * cell.value:.1f}  {way}"
+                text = f"\u00a0{100 * cell.value:.1f}\u00a0\u00a0{way}"  # SVG would drop plain spaces
                 axes.text(end, y, text, va="center", fontsize=9, color=light("soft"))
             axes.text(
-                0, 3.3 * place - 0.68, group.label, va="bottom", fontsize=10, color=light("ink"), parse_math=False
+                0,
+                3.3 * place - 0.72,
+                shortened(group.label),
+                va="bottom",
+                fontsize=10,
+                color=light("ink"),
+                parse_math=False,
             )
         if chance is not None:
             axes.axvline(100 * chance, color=light("soft"), linewidth=1, linestyle=DASHES[2])
@@ -130,8 +136,8 @@ def _along_nodes(lines: list[tuple[Group, dict[str, Number]]], factor: float) ->
             axes.plot(x, y, linestyle="", marker=style["marker"], color=style["color"], markersize=5.5)
         axes.set_xticks(range(len(NODES)), NODES)
         axes.set_xlim(-0.5, len(NODES) - 0.5)
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.12)
+        highest = max(factor * max(cell.value, _spread(cell)[1]) for _, cells in lines for cell in cells.values())
+        axes.set_ylim(0, 1.12 * highest if highest > 0 else 1)
         run_legend(axes, [group for group, _ in lines], lines_only=False)
 
     return paint

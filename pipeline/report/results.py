@@ -44,6 +44,13 @@ class Results:
         self.groups: list[Group] = group_runs(self.records, runs)
         self.plain = [r for r in self.records if VERSUS not in r.metric]
         self.paired = [_paired(r) for r in self.records if VERSUS in r.metric and r.low is not None]
+        self._places: dict[str, dict[tuple[str, str], int]] = {}  # kind -> (benchmark, split) -> n
+        self._nodes: dict[tuple[str, str], set[str]] = {}  # (run, kind) -> nodes
+        for r in self.plain:
+            kind = r.metric.partition("/")[0]
+            sizes = self._places.setdefault(kind, {})
+            sizes[r.benchmark, r.split] = max(r.n, sizes.get((r.benchmark, r.split), 0))
+            self._nodes.setdefault((r.run, kind), set()).add(r.node)
         self._cells = {(r.run, r.benchmark, r.split, r.node, r.metric): r for r in self.plain}
         self._verdicts = {}
         for p in self.paired:
@@ -58,8 +65,7 @@ class Results:
 
     def places(self, kind: str) -> list[tuple[str, str]]:
         """(benchmark, split) of every record of a kind (retrieval, probe …), in order; a mean after its parts."""
-        found = {(r.benchmark, r.split) for r in self.plain if r.metric.startswith(f"{kind}/")}
-        return sorted(found, key=lambda place: (place[0], place[1] == "mean", place[1]))
+        return sorted(self._places.get(kind, {}), key=lambda place: (place[0], place[1] == "mean", place[1]))
 
     def place_name(self, benchmark: str, split: str, kind: str) -> str:
         """The benchmark, with its split where it has several."""
@@ -74,12 +80,11 @@ class Results:
 
     def size(self, kind: str, benchmark: str, split: str) -> int | None:
         """n of a place: images, or test items."""
-        sizes = [r.n for r in self.plain if (r.benchmark, r.split) == (benchmark, split) and r.metric.startswith(kind)]
-        return max(sizes, default=None)
+        return self._places.get(kind, {}).get((benchmark, split))
 
     def nodes(self, group: Group, kind: str) -> list[str]:
         """The nodes at which a group has records of a kind, from the trunk outward."""
-        found = {r.node for r in self.plain if r.run in group.runs and r.metric.startswith(f"{kind}/")}
+        found: set[str] = set().union(*(self._nodes.get((run, kind), set()) for run in group.runs))
         return [*(node for node in NODES if node in found), *sorted(found - set(NODES))]
 
     def cell(self, group: Group, benchmark: str, split: str, metric: str, node: str | None = None) -> Number | None:

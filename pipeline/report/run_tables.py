@@ -14,8 +14,8 @@ TOTAL = "total"
 
 _TRAINING: tuple[tuple[Column, str], ...] = (
     (Column("transitions", "count", "parameters"), "transition_parameters"),
-    (Column("samples", "count", "training"), "samples_seen"),
-    (Column("steps", "count", "training"), "steps"),
+    (Column("samples", "whole", "training"), "samples_seen"),
+    (Column("steps", "whole", "training"), "steps"),
     (Column("time", "seconds", "training"), "seconds"),
     (Column("samples/s", "per_second", "training"), "samples_per_second"),
     (Column("peak memory", "bytes", "training"), "peak_memory_bytes"),

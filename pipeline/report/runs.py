@@ -74,7 +74,7 @@ class _Recipe:
 
 
 def group_runs(records: Iterable[Record], runs: Sequence[Run] = ()) -> list[Group]:
-    """Rows in reading order: chance, plain trunks by order, injected ones by order, the teacher.
+    """Rows in reading order: chance, plain trunks by order, each fusion's runs by order, the teacher.
 
     Runs are pooled where method, order, fusion, samples, cache and (where `runs` holds it) the configuration agree and
     their seeds all differ; two runs of one seed are never averaged, they stay rows of their own.
@@ -110,7 +110,7 @@ def _called(method: str, order: int | None, fusion: str | None) -> str:
 def _reading_order(group: Group) -> tuple[Any, ...]:
     place = 0 if not group.reference else (-1 if group.label == "chance" else 1)
     order = -1 if group.order is None else group.order
-    return (place, group.fusion not in (None, "none"), order, group.method, group.fusion or "", group.label)
+    return (place, group.fusion not in (None, "none"), group.fusion or "", order, group.method, group.label)
 
 
 def _told_apart(groups: list[Group]) -> list[Group]:

@@ -134,7 +134,7 @@ def draw(
     with matplotlib.rc_context(_RC):
         canvas = Canvas(figsize=(SIZE[0], height), facecolor=light("paper"))
         # Fixed margins: panels side by side line up, and the layout engine would draw everything twice.
-        canvas.subplots_adjust(left=left, right=0.97, bottom=0.54 / height, top=1 - (0.36 + above) / height)
+        canvas.subplots_adjust(left=left, right=0.94, bottom=0.54 / height, top=1 - (0.36 + above) / height)
         axes = canvas.subplots()
         _plain(axes)
         axes.set_title(title, color=light("ink"), pad=9 + 72 * above, parse_math=False)
@@ -146,10 +146,20 @@ def draw(
     return Figure(name, title, alt, svg.getvalue(), png.getvalue())
 
 
+# Paper behind the names, so that no grid line crosses them; no frame.
+_BARE: dict[str, Any] = {
+    "facecolor": light("paper"),
+    "edgecolor": "none",
+    "framealpha": 0.85,
+    "fancybox": False,
+    "borderpad": 0.2,
+}
+
+
 def legend(axes: Axes, *, gid: str, handles: list[Any], **place: Any) -> None:
-    """A frameless legend whose texts are never read as mathematics; `place` as matplotlib's Legend takes it."""
+    """A quiet legend whose texts are never read as mathematics; `place` as matplotlib's Legend takes it."""
     labels = [str(handle.get_label()) for handle in handles]
-    made = Legend(axes, handles, labels, frameon=False, labelcolor=light("ink"), handlelength=2.2, **place)
+    made = Legend(axes, handles, labels, labelcolor=light("ink"), handlelength=2.2, **(_BARE | place))
     made.set_gid(gid)
     for text in made.get_texts():
         text.set_parse_math(False)

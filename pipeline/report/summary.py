@@ -40,7 +40,9 @@ def _seeds(results: Results) -> str:
             "difference between two rows can be the seed's."
         )
     if single:
-        return f"{listed([g.label for g in single])} has one seed only: its interval covers the choice of test items."
+        has, its = ("has", "its interval covers") if len(single) == 1 else ("have", "their intervals cover")
+        count = f"{len(single)} of {plural(len(groups), 'recipe')}"
+        return f"{count} {has} one seed only; {its} the choice of test items alone."
     return "Every recipe has several seeds; ± is their standard deviation."
 
 

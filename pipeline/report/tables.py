@@ -235,7 +235,7 @@ def datasets(results: Results) -> Table | None:
     for benchmark, split, kind, digest in sorted(found):
         n = results.size(kind, benchmark, split) or 0
         rows.append(Row((benchmark, split, titles[kind], Number(n), digest[:12])))
-    columns = (Column("benchmark"), Column("split"), Column("kind"), Column("images", "rank"), Column("data SHA-256"))
+    columns = (Column("benchmark"), Column("split"), Column("kind"), Column("images", "whole"), Column("data SHA-256"))
     caption = "The data that were scored; digests shortened, whole in records.json."
     return Table("datasets", "Data", caption, columns, tuple(rows))
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
-Kind = Literal["text", "rate", "points", "plain", "rank", "ratio", "count", "flops", "bytes", "seconds", "per_second"]
+Kind = Literal[
+    "text", "rate", "points", "plain", "rank", "ratio", "whole", "count", "flops", "bytes", "seconds", "per_second"
+]
 
 MISSING = "–"
 MINUS = "−"
@@ -55,6 +57,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "plain": lambda v: signed(f"{v:.3f}") if abs(v) >= 0.0005 or v == 0 else signed(f"{v:.1e}"),
     "ratio": lambda v: f"{v:.3f}",
     "rank": lambda v: f"{v:.0f}" if v == int(v) else f"{v:.1f}",
+    "whole": lambda v: f"{v:,.0f}",
     "count": compact,
     "flops": compact,
     "bytes": byte_size,
@@ -81,6 +84,11 @@ def listed(items: list[str]) -> str:
 def slug(text: str) -> str:
     """A file name or id: lower-case letters, digits and underscores."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "unnamed"
+
+
+def shortened(text: str, longest: int = 36) -> str:
+    """A name for a figure's legend: whole where it fits, else both its ends."""
+    return text if len(text) <= longest else f"{text[: longest - 13]}…{text[-12:]}"
 
 
 def one_line(text: str) -> str:

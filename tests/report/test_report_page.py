@@ -139,6 +139,13 @@ def test_wide_content_scrolls_in_its_own_focusable_region(page: Page) -> None:
             assert attributes.get("role") == "region"
 
 
+def test_hidden_words_in_a_scrolled_table_do_not_widen_the_page(html: str) -> None:
+    rule = re.search(r"\.scroll \{([^}]*)\}", html)
+    assert rule is not None
+    assert "position: relative" in rule[1]  # else absolute ones are laid out against the page, and it scrolls sideways
+    assert "overflow-x: auto" in rule[1]
+
+
 def test_figures_follow_the_theme(html: str) -> None:
     drawings = "".join(re.findall(r"<figure><svg.*?</svg>", html, flags=re.DOTALL))
     assert "var(--ink)" in drawings

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from pipeline.report.table import Column, Number, Row, Table
-from pipeline.report.text import byte_size, compact, duration, latex, markdown, show, slug
+from pipeline.report.text import byte_size, compact, duration, latex, markdown, shortened, show, slug
 
 HOSTILE = 'a_b & 100% $x^2$ {c} #1 ~ \\input{/etc/passwd}|<script>alert(1)</script>\nnext, "quoted"'
 
@@ -105,6 +105,12 @@ def test_units_switch_where_the_next_one_reads_better() -> None:
     assert [compact(999), compact(1000), byte_size(1 << 30), duration(83), duration(4310), duration(259_200)] == [
         "999", "1.00 k", "1.00 GiB", "83.0 s", "71.8 min", "72.0 h",
     ]  # fmt: skip
+
+
+def test_long_names_keep_both_ends_in_a_figure() -> None:
+    name = "a_run_with_a_very_long_name_indeed_bs128_s1"
+    assert shortened("clip") == "clip"
+    assert (len(shortened(name)), shortened(name)[-8:]) == (36, "bs128_s1")
 
 
 def test_slugs_are_safe_file_names() -> None:
