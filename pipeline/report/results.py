@@ -78,6 +78,12 @@ class Results:
         averaged = {benchmark for benchmark, split in places if split == "mean"}
         return [place for place in places if place[0] not in averaged or place[1] == "mean"]
 
+    def headline_paired(self) -> list[Paired]:
+        """Paired differences at the places of `headline`: of domains, only their mean's."""
+        kinds = ("retrieval", "zero_shot", "probe")
+        places = {(kind, *place) for kind in kinds for place in self.headline(kind)}
+        return [p for p in self.paired if (p.metric.partition("/")[0], p.benchmark, p.split) in places]
+
     def size(self, kind: str, benchmark: str, split: str) -> int | None:
         """n of a place: images, or test items."""
         return self._places.get(kind, {}).get((benchmark, split))

@@ -63,7 +63,8 @@ def _retrieval(results: Results) -> str:
 
 
 def _paired(results: Results) -> str:
-    judged = [p for p in results.paired if p.metric in ("retrieval/mean_recall@1", "zero_shot/top1", "probe/top1")]
+    asked = ("retrieval/mean_recall@1", "zero_shot/top1", "probe/top1")
+    judged = [p for p in results.headline_paired() if p.metric in asked]
     if not judged:
         return ""
     clear = sum(p.verdict != "undecided" for p in judged)

@@ -131,14 +131,13 @@ def paired(results: Results) -> Table | None:
         Column("points", "points"),
         Column("verdict"),
     )
-    wanted = {(kind, *place) for kind in ("retrieval", "zero_shot", "probe") for place in results.headline(kind)}
     rows = [
         Row(
             (f"{p.run} − {p.other}", PAIRED_METRICS[p.metric], Number(p.value, p.low, p.high), p.verdict),
             p.benchmark,
         )
-        for p in sorted(results.paired, key=_by_measure)
-        if p.metric in PAIRED_METRICS and (p.metric.partition("/")[0], p.benchmark, p.split) in wanted
+        for p in sorted(results.headline_paired(), key=_by_measure)
+        if p.metric in PAIRED_METRICS
     ]
     caption = (
         "First run minus second, in percentage points, on the same test items, with the paired 95 % interval over "
