@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from colour_world import COLOURS, ColourModel, jpeg, write_tar
 
@@ -100,7 +101,10 @@ def test_only_the_asked_part_of_a_manifest_is_used(tars, tmp_path):
     write_tar(tmp_path / "val" / "0.tar", sample("v", jpeg((9, 200, 9), 50), ["held out"]))
     build_manifest(str(tars / "pairs" / "test"), tmp_path / "m.parquet", val_source=str(tmp_path / "val"), workers=1)
     manifest = read_manifest(tmp_path / "m.parquet")
-    assert retrieval_of(manifest, "val", "val").texts == ("held out",)
+    held_out = retrieval_of(manifest, "val", "val")
+    assert held_out.texts == ("held out",)
+    red, green, blue = np.asarray(held_out.images.load(0), dtype=float).mean((0, 1))
+    assert green > 150 > max(red, blue)  # its own picture, not the manifest's first
     assert "held out" not in retrieval_of(manifest, "train", "train").texts
     assert "held out" in retrieval_of(manifest, None, "all").texts
 

@@ -99,13 +99,13 @@ def test_a_fresh_store_gives_the_same_bytes(subject, colours, tmp_path):
 
 
 def test_each_domain_is_left_out_in_turn_and_averaged(subject, colours, tmp_path):
-    root = write_colours(tmp_path / "data" / "paint", {"oil": 30, "ink": 33, "chalk": 36})
-    labels_lie = [(f"s{k:04d}.cls", str((k + 1) % 3).encode()) for k in range(36)]
-    images = [(f"s{k:04d}.jpg", jpeg(COLOURS[NAMES[k % 3]], 9000 + k)) for k in range(36)]
+    root = write_colours(tmp_path / "data" / "paint", {"oil": 30, "ink": 33, "chalk": 1})
+    labels_lie = [(f"s{k:04d}.cls", str((k + 1) % 3).encode()) for k in range(150)]
+    images = [(f"s{k:04d}.jpg", jpeg(COLOURS[NAMES[k % 3]], 9000 + k)) for k in range(150)]
     write_tar(root / "chalk" / "0.tar", [m for pair in zip(images, labels_lie, strict=True) for m in pair])
     results = run([subject()], [DOMAINS], tmp_path)
     scores = {s: value(results, "probe/top1", split=s).value for s in ("oil", "ink", "chalk", "mean")}
-    assert scores["chalk"] == 0.0  # its labels lie, and it was not in its own training rows
+    assert scores["chalk"] == 0.0  # its labels lie, and its rows, the most, were not fitted on
     assert scores["mean"] == pytest.approx((scores["oil"] + scores["ink"] + scores["chalk"]) / 3)
     assert value(results, "probe/top1", split="ink").n == 33
     assert value(results, "probe/top1", split="mean", run="chance").value == pytest.approx(1 / 3)
