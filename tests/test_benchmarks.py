@@ -1,0 +1,103 @@
+"""The benchmarks run, say what they promise to say, and compare implementations of one and the same thing."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratios"),
+    [
+        ("cache_read", {"memmap/ratio_of_rate_to_memmap", "memmap/ratio_of_cpu_time_to_memmap"}),
+        ("loss", {"48/published/ratio_of_cpu_time_to_published"}),
+    ],
+)
+def test_quick_run_prints_one_table_and_writes_the_documented_json(tmp_path: Path, name: str, ratios: set[str]) -> None:
+    file = tmp_path / "figures.json"
+    script = str(FOLDER / f"{name}.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, script, "--quick", "--json", str(file)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert sum(line.startswith("| --") for line in done.stdout.splitlines()) == 1
+    found = json.loads(file.read_text())
+    assert set(found) == {"machine", "date", "command", "figures"}
+    datetime.date.fromisoformat(found["date"])
+    assert found["command"] == f"python benchmarks/{name}.py --quick"
+    assert found["machine"] in done.stdout
+    assert all(isinstance(value, float) for value in found["figures"].values())
+    assert all(found["figures"][ratio] == 1 for ratio in ratios)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]  # its stores are gone
+
+
+@pytest.mark.parametrize("benchmark", ["cache_read"], indirect=True)
+def test_readers_that_are_compared_give_the_same_values(benchmark: ModuleType) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        flat = Path(folder) / "flat"
+        found = benchmark.readers(benchmark.build_store(Path(folder) / "teacher.zarr", flat, 40), flat)
+        rows = np.array([39, 0, 7, 7])
+        assert len(found) == 7
+        benchmark.check_agreement(found, rows)
+        wrong = found | {"read_raw": lambda rows: found["read_raw"](rows[::-1])}
+        with pytest.raises(ValueError, match=r"read_raw and np\.memmap differ in fine"):
+            benchmark.check_agreement(wrong, rows)
+
+
+@pytest.mark.parametrize("benchmark", ["loss"], indirect=True)
+def test_losses_that_are_compared_give_the_same_value_and_gradient(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = benchmark.make_inputs(40, 16)
+    names = benchmark.implementations(40)
+    benchmark.check_agreement(names, inputs)
+    # The transitions are there: the orders differ.
+    assert abs(benchmark.step("order 3", inputs) / benchmark.step("order 1", inputs) - 1) > 1e-3
+    monkeypatch.setitem(benchmark.IMPLEMENTATIONS, "naive", lambda x: 1.01 * benchmark.naive(x))
+    with pytest.raises(ValueError, match="naive and order 3 differ"):
+        benchmark.check_agreement(names, inputs)
+
+
+@pytest.mark.parametrize("benchmark", ["loss"], indirect=True)
+def test_published_list_mle_is_its_definition(benchmark: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    predicted, reference = rng.normal(size=(2, 3, 5))
+    total = 0.0
+    for u, r in zip(predicted, reference, strict=True):
+        ranked = u[np.argsort(-r)] - u.max()
+        total += sum(np.log(np.exp(ranked[k:]).sum() + 1e-10) - ranked[k] for k in range(5)) / 3
+    torch = benchmark.torch
+    given = benchmark.published_list_mle(torch.tensor(predicted), torch.tensor(reference))
+    assert given.item() == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("benchmark", ["common"], indirect=True)
+def test_interleaved_rounds_take_turns_and_ratios_pair_them(benchmark: ModuleType) -> None:
+    calls: list[tuple[str, int]] = []
+    tasks = {name: lambda i, name=name: calls.append((name, i)) for name in "abc"}
+    timings = benchmark.interleave(tasks, 3, at_most={"c": 1})
+    assert calls[:3] == [("a", 0), ("b", 0), ("c", 0)]
+    assert calls[3:] == [("b", 1), ("c", 1), ("a", 1), ("a", 2), ("b", 2), ("a", 3), ("b", 3)]
+    assert [sorted(timings[name].wall) for name in "abc"] == [[1, 2, 3], [1, 2, 3], [1]]
+    ours, theirs = benchmark.Timing(wall={1: 2.0, 2: 90.0, 3: 6.0}), benchmark.Timing(wall={1: 1.0, 2: 30.0})
+    assert ours.ratio(theirs) == 2.5  # rounds 1 and 2; a slow round slows both
+    assert ours.median() == 6.0
