@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from colour_world import COLOURS, NAMES, Broken, ColourModel, NodeModel, colour_members, jpeg, write_colours, write_tar
-from pipeline.data.samples import decode_image
 
+from pipeline.data.samples import decode_image
 from pipeline.errors import PipeError
 from pipeline.evaluation.records import to_json
 from pipeline.evaluation.registry import Entry, ManifestImages, Retrieval, subset
