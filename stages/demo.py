@@ -156,13 +156,13 @@ def settle(out: Path, size: Size, plan: runs.Plan | None = None) -> Config:
     if plan is None and (kept := runs.kept_plan(read_json(out / STATE))):
         plan = kept
     if plan is not None:
-        part = max(1, plan.steps // 4)
+        part = max(10, plan.steps // 4)
         body = merge(
             body,
             {
                 "train": {
                     "max_steps": plan.steps,
-                    "warmup_steps": part,
+                    "warmup_steps": plan.steps // 4,
                     "checkpoint_every": part,
                     "validate_every": part,
                 }

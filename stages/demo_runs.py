@@ -175,6 +175,8 @@ def train_all(config: Config, plan: Plan, out: Path) -> None:
         PipeError: a run failed; the others are stopped.
         Stopped: Ctrl-C; the runs have saved their state.
     """
+    import torch
+
     workspace = Workspace(config.workspace)
     waiting = [[run for run in lane if not workspace.run(run.name).finished] for lane in plan.lanes]
     finished = [run.name for run in plan.runs if workspace.run(run.name).finished]
@@ -183,7 +185,7 @@ def train_all(config: Config, plan: Plan, out: Path) -> None:
     total = plan.steps * sum(map(len, waiting))
     if not total:
         return
-    threads = max(1, cores() // len(plan.lanes))
+    threads = max(1, torch.get_num_threads() // len(plan.lanes))
     running: dict[int, Child] = {}
     with progress(f"training {', '.join(run.name for lane in waiting for run in lane)}", total, "steps") as bar:
         try:

@@ -141,7 +141,7 @@ def test_the_loss_equals_its_formula() -> None:
     heads = Heads(32)
     data = labelled_scenes(2, seed=4, size=64, grid=8, model=model)
     with torch.no_grad():
-        found = objective(model, heads, data.images, data.patches, data.present, 0.15)
+        found = objective(model, heads, data, Recipe(background_weight=0.15, place_weight=3.0))
         cls, tokens = tokens_of(model, data.images)
         share = torch.sigmoid(heads.scene(cls).double())
         expected = -(data.present * share.log() + (1 - data.present) * (1 - share).log()).mean()
@@ -149,11 +149,41 @@ def test_the_loss_equals_its_formula() -> None:
             log_p = heads.patch[attribute](tokens).double().log_softmax(-1).flatten(0, 1)
             truth = data.patches[..., a].flatten().tolist()
             weights = [0.15 if label == len(classes) else 1.0 for label in truth]
-            costs = [
-                -weight * float(log_p[k, label]) for k, (label, weight) in enumerate(zip(truth, weights, strict=True))
-            ]
-            expected = expected + sum(costs) / sum(weights)
+            costs = [-w * float(log_p[k, label]) for k, (label, w) in enumerate(zip(truth, weights, strict=True))]
+            expected = expected + (2 if attribute == "shape" else 1) * sum(costs) / sum(weights)
+        off = (heads.place(tokens) - data.places)[data.patches[..., 0] < 8].double().abs()
+        expected = expected + 3 * torch.where(off < 1, off**2 / 2, off - 0.5).mean()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_places_point_from_the_objects_centre_to_the_patch() -> None:
+    model = new_network(NAME, ARGS, 64, 0)
+    data = labelled_scenes(6, seed=2, size=64, grid=8, model=model)
+    for index in range(6):
+        scene = make_scene(2, index)
+        for patch, number in enumerate(patch_labels(scene, 8).ravel().tolist()):
+            x, y, radius = data.places[index, patch].tolist()
+            if number < 0:
+                assert (x, y, radius) == (0, 0, 0)
+                continue
+            thing = scene.objects[number]
+            assert radius / 8 == pytest.approx(thing.radius, abs=1e-5)
+            assert (patch % 8 + 0.5 - x) / 8 == pytest.approx(thing.x, abs=1e-5)
+            assert (patch // 8 + 0.5 - y) / 8 == pytest.approx(thing.y, abs=1e-5)
+
+
+def test_a_mirrored_batch_is_the_mirrored_scene_with_its_labels() -> None:
+    model = new_network(NAME, ARGS, 64, 0)
+    data = labelled_scenes(3, seed=2, size=64, grid=8, model=model)
+    batch = data.batch(torch.tensor([2, 0]), mirrored=True)
+    for k, row in enumerate((2, 0)):
+        for y, x in ((1, 0), (4, 5), (7, 7)):
+            here, there = y * 8 + x, y * 8 + 7 - x
+            pixels = data.images[row, :, y * 8 : y * 8 + 8, x * 8 : x * 8 + 8]
+            assert torch.equal(batch.images[k, :, y * 8 : y * 8 + 8, 56 - x * 8 : 64 - x * 8], pixels.flip(2))
+            assert torch.equal(batch.patches[k, there], data.patches[row, here])
+            assert torch.equal(batch.places[k, there], data.places[row, here] * torch.tensor([-1.0, 1.0, 1.0]))
+    assert torch.equal(data.batch(torch.tensor([1]), mirrored=False).images[0], data.images[1])
 
 
 def test_the_score_counts_object_patches_only() -> None:
