@@ -13,9 +13,10 @@ from colour_world import COLOURS, NAMES, Broken, ColourModel, NodeModel, colour_
 
 from pipeline.data.samples import decode_image
 from pipeline.errors import PipeError
-from pipeline.evaluation.records import to_json
+from pipeline.evaluation.paired import mean_of
+from pipeline.evaluation.records import Measurement, to_json
 from pipeline.evaluation.registry import Entry, ManifestImages, Retrieval, subset
-from pipeline.evaluation.suite import Results, opponents, run_entry, run_suite
+from pipeline.evaluation.suite import Results, opponents, run_entry, run_suite, versus
 
 ZERO_SHOT = Entry(name="colours", kind="zero_shot", path="colours")
 PROBE = Entry(name="colours", kind="probe", path="colours")
@@ -202,3 +203,17 @@ def test_a_plain_pair_of_encoders_has_no_gate_rows(subject):
     results = Results()
     run_entry(results, RETRIEVAL, retrieval_data(), [subject()], code_version="v")
     assert not [r for r in results.records if r.metric.startswith(("gate/", "drift/"))]
+
+
+def test_a_comparison_takes_the_outputs_and_no_other_node_or_measure():
+    def of(metric: str, node: str, values: list[float]) -> Measurement:
+        return Measurement(metric, node, "test", float(np.mean(values)), 0.0, 1.0, 4, mean_of(values))
+
+    mine = [
+        of("zero_shot/top1", "gated", [1, 1, 1, 0]),
+        of("zero_shot/top1", "trunk", [0, 0, 0, 0]),
+        of("nodes/alignment", "gated", [1, 2, 3, 4]),
+    ]
+    theirs = [of("zero_shot/top1", "trunk", [0, 1, 0, 0]), of("nodes/alignment", "trunk", [1, 1, 1, 1])]
+    (found,) = versus(mine, theirs, "plain")
+    assert (found.metric, found.node, found.value) == ("zero_shot/top1:vs:plain", "gated", 0.5)
