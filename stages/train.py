@@ -191,7 +191,9 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
         targets = TargetInfo.from_cache(cache)
     model = DinoRankCLIP(**arguments)
     if has_student and cache is not None:
-        model.start_global_heads_at(torch.from_numpy(cache.baselines["global_mean"]))
+        means = {name: torch.from_numpy(value) for name, value in cache.baselines.items()}
+        grams = {scale.name: means[f"{scale.name}_gram_mean"] for scale in cache.scales}
+        model.start_at_baselines(global_mean=means["global_mean"], gram_means=grams)
     weights = LossWeights(**{("global_" if k == "global" else k): v for k, v in _loss_values(config).items()})
     return Objective(
         model,

@@ -34,7 +34,14 @@ def gram_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (gram(student) - gram(teacher.detach())).square().mean((1, 2))
 
 
-def rkd_loss(student: Tensor, teacher: Tensor, *, first: int = 0, sizes: tuple[int, ...] | None = None) -> Tensor:
+def rkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    residual: Tensor | None = None,
+    first: int = 0,
+    sizes: tuple[int, ...] | None = None,
+) -> Tensor:
     """Relational distances of own rows to all rows:
 
         (1 / (N − 1)) Σ_{j≠i} h( d_ij / d̄ − d*_ij / d̄* ),     d_ij = ‖p_i − p_j‖, d̄ its mean over all N (N − 1) pairs
@@ -42,14 +49,24 @@ def rkd_loss(student: Tensor, teacher: Tensor, *, first: int = 0, sizes: tuple[i
     h(x) = x²/2 below |x| = 1 and |x| − ½ beyond; d* is the teacher's. The means are taken over every process's pairs,
     and the student's carries gradient.
 
+    With a residual ρ² (our reading) the student's distance is that of points which carry, besides p, a coordinate of
+    their own for what the student does not see, as long as ρ²/2 mean squared distances:
+
+        d_ij² = ‖p_i − p_j‖² / m² + ρ²,     m² the mean of ‖p_i − p_j‖² over all pairs
+
+    Unseen differences make all distances more alike. Without that coordinate a student that knows little must claim
+    large contrasts, and scores many times the loss of "all distances equal" (ρ² → ∞); with it the loss can say how much
+    of the relations is known.
+
     Args:
         student: p (B, E). teacher: p* (B, C).
+        residual: ρ² ≥ 0, (), with gradient; None for plain distances.
         first: the number of the first own row among the N; sizes: every process's B (asked for when None).
 
     Returns:
         (B,); zeros where N = 1.
     """
-    ours = _relative_distances(at_least_float32(student), first, sizes)
+    ours = _relative_distances(at_least_float32(student), first, sizes, residual)
     with torch.no_grad():
         theirs = _relative_distances(teacher.to(ours.dtype), first, sizes)
     total = F.smooth_l1_loss(ours, theirs, reduction="none").sum(1)  # own entries are 0 in both
@@ -61,7 +78,9 @@ def global_loss(predicted: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(at_least_float32(predicted), at_least_float32(teacher.detach()), dim=1, eps=EPS)
 
 
-def _relative_distances(rows: Tensor, first: int, sizes: tuple[int, ...] | None) -> Tensor:
+def _relative_distances(
+    rows: Tensor, first: int, sizes: tuple[int, ...] | None, residual: Tensor | None = None
+) -> Tensor:
     """d_ij / d̄ (B, N), 0 at i = j. rows: (B, E)."""
     everyone = gather_with_grad(rows, sizes)  # (N, E)
     count = len(everyone)
@@ -72,6 +91,13 @@ def _relative_distances(rows: Tensor, first: int, sizes: tuple[int, ...] | None)
     own = torch.arange(len(rows), device=rows.device)
     itself = torch.zeros_like(squared, dtype=torch.bool)
     itself[own, own + first] = True
+    pairs = max(count * (count - 1), 1)
+
+    def mean_of(values: Tensor) -> Tensor:
+        return gather_with_grad(values.sum().reshape(1), None if sizes is None else (1,) * len(sizes)).sum() / pairs
+
+    squared = squared.masked_fill(itself, 0.0).clamp_min(0.0)
+    if residual is not None:
+        squared = squared / mean_of(squared).clamp_min(EPS**2) + residual
     distances = squared.clamp_min(EPS**2).sqrt().masked_fill(itself, 0.0)  # the clamp keeps √'s gradient finite
-    total = gather_with_grad(distances.sum().reshape(1), None if sizes is None else (1,) * len(sizes)).sum()
-    return distances / (total / max(count * (count - 1), 1)).clamp_min(EPS)
+    return distances / mean_of(distances).clamp_min(EPS)

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 Logs = dict[str, Tensor]
 
 
+FIRST_RESIDUAL = 8.0  # a random student's contrasts, shrunk by 1 + ρ², are then small beside the teacher's
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """The λ of every term and the shape of the lists; one field per key of the config's `loss`."""
@@ -108,6 +111,11 @@ class Objective(nn.Module):
         distils = any((weights.gram, weights.rkd, weights.global_))
         self.targets = Targets(targets) if targets is not None and distils else None
         self.baselines = _baselines(targets) if targets is not None and distils else {}
+        # ρ² of each relational term, as its logarithm; see rkd_loss. It starts where the term is near its baseline.
+        names = (*targets.scales, GLOBAL) if self.targets is not None and targets is not None and weights.rkd else ()
+        self.residuals = nn.ParameterDict(
+            {name: nn.Parameter(torch.tensor(math.log(FIRST_RESIDUAL))) for name in names}
+        )
         self.log_details = False
 
     def weights(self, progress: float) -> tuple[float, float]:
@@ -136,7 +144,7 @@ class Objective(nn.Module):
             pairs = Pairs.gathered(v, w, s)
             contrastive = pairs.mean(info_nce(pairs))
             logs: Logs = {"info_nce": contrastive, "logit_scale": pairs.scale}
-            loss = contrastive + _touch(out, self.transitions)
+            loss = contrastive + _touch(out, [*self.transitions.parameters(), *self.residuals.parameters()])
             loss = loss + self._lists(pairs, progress, logs)
             loss = loss + self._distillation(out, targets, pairs, logs)
             loss = loss + self._gate(out, pairs, logs)
@@ -183,13 +191,15 @@ class Objective(nn.Module):
             if w.gram:
                 found["gram"][name] = gram_loss(tokens, teacher[name])
             if w.rkd:
-                found["rkd"][name] = relational(tokens.mean(1, dtype=pairs.scale.dtype), teacher[name].mean(1))
+                pooled = tokens.mean(1, dtype=pairs.scale.dtype)
+                found["rkd"][name] = relational(pooled, teacher[name].mean(1), residual=self.residuals[name].exp())
         if w.rkd and out.text_pooled is not None:
             unit = nn.functional.normalize(teacher[GLOBAL], dim=1)
-            found["rkd"][GLOBAL] = relational(out.text_pooled, unit)
+            found["rkd"][GLOBAL] = relational(out.text_pooled, unit, residual=self.residuals[GLOBAL].exp())
         if w.global_:
             heads = {"image": out.image_global, "text": out.text_global}
             found["global"] |= {k: global_loss(x, teacher[GLOBAL]) for k, x in heads.items() if x is not None}
+        logs |= {f"residual/{name}": value.detach().exp() for name, value in self.residuals.items()}
         total: Tensor | float = 0.0
         for term, weight in (("gram", w.gram), ("rkd", w.rkd), ("global", w.global_)):
             ratios = {k: pairs.mean(x) / self.baselines[f"{term}/{k}"] for k, x in found[term].items()}
@@ -247,10 +257,10 @@ def _baselines(targets: TargetInfo) -> dict[str, float]:
     return found | {"global/image": of_global, "global/text": of_global}
 
 
-def _touch(out: Forward, transitions: nn.Module) -> Tensor:
+def _touch(out: Forward, heads: list[nn.Parameter]) -> Tensor:
     """0, with an edge to every head that the weights of the moment may leave unused."""
     outputs = [*(out.student_tokens or {}).values(), out.image_global, out.text_global, out.text_pooled]
-    parts = [x.sum() for x in outputs if x is not None] + [p.sum() for p in transitions.parameters()]
+    parts = [x.sum() for x in outputs if x is not None] + [p.sum() for p in heads]
     return 0.0 * torch.stack([at_least_float32(p) for p in parts]).sum() if parts else out.v.new_zeros(())
 
 

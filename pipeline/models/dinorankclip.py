@@ -205,18 +205,23 @@ class DinoRankCLIP(nn.Module):
         return {node: (image[node], text[node]) for node in image if node in text}
 
     @torch.no_grad()
-    def start_global_heads_at(self, mean: Tensor) -> None:
-        """Let both heads onto the teacher's `global` begin as the predictor that ignores the image (our reading).
+    def start_at_baselines(self, *, global_mean: Tensor, gram_means: Mapping[str, Tensor]) -> None:
+        """Let every distilled output begin as the predictor that ignores the image (our reading).
 
-        A teacher whose global vectors are nearly alike makes the unit of L_global small, and a random head starts at a
-        hundred of them: its gradient would then drown every other under the common clipping.
+        The terms of distillation are weighted in units of that predictor's loss. A random head starts at ten units, and
+        at a hundred where the teacher's global vectors are nearly alike: it would drown every other gradient under the
+        common clipping, and a short training would end above 1.
 
         Args:
-            mean: (C,) the teacher's mean unit vector.
+            global_mean: (C,) the teacher's mean unit vector.
+            gram_means: scale → (g², g²) the teacher's mean Gram matrix.
         """
         for branch in self.student.values():
             branch.global_head.weight.zero_()  # type: ignore[union-attr, operator]
-            branch.global_head.bias.copy_(mean)  # type: ignore[union-attr, operator]
+            branch.global_head.bias.copy_(global_mean)  # type: ignore[union-attr, operator]
+        if "image" in self.student:
+            for name, mean_gram in gram_means.items():
+                self._image_student.start_gram_at(name, mean_gram)
 
     def parameter_counts(self) -> dict[str, int]:
         """Part → number of parameters; parts do not overlap, `total` is their sum."""

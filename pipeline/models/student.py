@@ -25,6 +25,7 @@ from pipeline.models.blocks import Block, masked_mean
 
 # Wide enough for a scale's affinities (which see angles between tokens only), narrow enough to cost nothing.
 DISTILLATION_WIDTH = 128
+SMALL_START = 0.25  # of torch's initial head: a seventh of a place's length, so that the mean Gram matrix survives it
 
 
 @dataclass
@@ -84,6 +85,10 @@ class ImageStudent(nn.Module):
         self.norms = nn.ModuleDict({name: nn.LayerNorm(self.width) for name in self.grids})
         # With bias: the teacher's mean affinities are far from zero, and a common direction is what makes them so.
         self.heads = nn.ModuleDict({name: nn.Linear(self.width, DISTILLATION_WIDTH) for name in self.grids})
+        # What a place in the image looks like before the image is seen; `start_gram_at` gives it the teacher's answer.
+        self.places = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(grid**2, DISTILLATION_WIDTH)) for name, grid in self.grids.items()}
+        )
         self.global_head = nn.Linear(self.width, global_width)
 
     def forward(self, images: Tensor) -> ImageBranch:
@@ -101,7 +106,29 @@ class ImageStudent(nn.Module):
 
     def distilled(self, branch: ImageBranch) -> dict[str, Tensor]:
         """scale → (B, g², E): the tokens in the space where they are compared with the teacher's."""
-        return {name: self.heads[name](tokens) for name, tokens in branch.tokens.items()}
+        return {name: self.heads[name](tokens) + self.places[name] for name, tokens in branch.tokens.items()}
+
+    @torch.no_grad()
+    def start_gram_at(self, name: str, mean_gram: Tensor) -> None:
+        """Let a scale begin as the predictor that ignores the image: its Gram matrices are about the teacher's mean.
+
+        A random head starts at ten times that predictor's loss and spends a short training on getting there (seen on
+        photographs). The places P are the leading factors of the mean Gram matrix S ≈ P Pᵀ (S is positive
+        semidefinite as a mean of such; exact for g² ≤ E), the head starts small beside them (our reading).
+
+        Args:
+            name: the scale. mean_gram: S (g², g²), of the calibration rows.
+        """
+        values, vectors = torch.linalg.eigh(mean_gram.double())  # ascending
+        kept = min(DISTILLATION_WIDTH, len(values))
+        factors = vectors[:, -kept:] * values[-kept:].clamp_min(0).sqrt()
+        unit = nn.functional.normalize(factors, dim=1)
+        places = self.places[name]
+        places.zero_()
+        places[:, :kept] = (unit * DISTILLATION_WIDTH**0.5).to(places.dtype)  # as long as a layer-normed token
+        head = self.heads[name]
+        head.weight.mul_(SMALL_START)  # type: ignore[operator]
+        head.bias.zero_()  # type: ignore[operator]
 
     def predict_global(self, branch: ImageBranch) -> Tensor:
         """(B, C), not normalised."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-SLOW_SCALARS_LR_SCALE = 10.0  # gamma and beta start at 0 and Adam moves them by about lr a step
+SLOW_SCALARS_LR_SCALE = (
+    10.0  # gamma, beta and the residuals: Adam moves a scalar by about lr a step, wherever it must go
+)
 
 
 def learning_rate(step: int, *, total_steps: int, warmup_steps: int, peak: float) -> float:
@@ -30,7 +32,7 @@ def learning_rate(step: int, *, total_steps: int, warmup_steps: int, peak: float
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
-    """Three groups for AdamW: decayed matrices, undecayed vectors and scalars, and γ and β at ten times the rate.
+    """Three groups for AdamW: decayed matrices, undecayed vectors, and γ, β and log ρ² at ten times the rate.
 
     No decay on β, γ, logit_scale, norms and biases: everything with fewer than two dimensions (our reading).
     Each group carries `lr_scale` and the `names` of its parameters, in order.
@@ -50,8 +52,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay:
 
 
 def is_gamma_or_beta(name: str) -> bool:
-    """Whether a parameter is the injection's γ or a transition's β (layer scales elsewhere are called gamma too)."""
+    """Whether a parameter is the injection's γ, a transition's β or a residual's log ρ² (not a layer scale's gamma)."""
     parts = name.split(".")
     if parts[-1] == "gamma":
         return "fusion" in parts
-    return "transitions" in parts and parts[-1] in {"beta", "betas"}
+    return ("transitions" in parts and parts[-1] == "betas") or "residuals" in parts

@@ -51,6 +51,32 @@ def test_rkd_loss_is_its_definition() -> None:
     assert float(rkd_loss(student, teacher).mean()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_residual_is_a_coordinate_of_every_images_own() -> None:
+    """‖p_i − p_j‖² + a² is the squared distance of rows [p_i, (a/√2) e_i], here built and measured one by one."""
+    student, teacher = features(1, 8, 6, 2)[0].double(), features(1, 8, 3, 3)[0].double()
+    rows = student.numpy()
+    squared = [np.sum((rows[i] - rows[j]) ** 2) for i in range(8) for j in range(8) if i != j]
+    own = np.eye(8) * np.sqrt(2.5 * np.mean(squared) / 2)
+    expected = numpy_rkd(np.concatenate([rows, own], axis=1), teacher.numpy())
+    found = rkd_loss(student, teacher, residual=torch.tensor(2.5, dtype=torch.float64))
+    assert float(found.mean()) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_residual_of_zero_changes_nothing_and_a_large_one_makes_all_distances_equal() -> None:
+    student, teacher = features(1, 12, 6, 2)[0], features(1, 12, 3, 3)[0]
+    torch.testing.assert_close(rkd_loss(student, teacher, residual=torch.tensor(0.0)), rkd_loss(student, teacher))
+    equal = rkd_loss(torch.eye(12), teacher)
+    torch.testing.assert_close(rkd_loss(student, teacher, residual=torch.tensor(1e6)), equal, rtol=1e-4, atol=1e-6)
+
+
+def test_the_residual_learns_to_shrink_when_the_student_knows_the_relations() -> None:
+    teacher = features(1, 12, 3, 3)[0]
+    log_residual = torch.tensor(2.0, requires_grad=True)
+    rkd_loss(2 * teacher, teacher, residual=log_residual.exp()).mean().backward()
+    assert log_residual.grad is not None
+    assert float(log_residual.grad) > 0
+
+
 def test_rkd_ignores_scale_and_origin_and_is_zero_for_the_teacher_itself() -> None:
     teacher = features(1, 12, 5, 4)[0]
     assert float(rkd_loss(3 * teacher + 100, teacher).mean()) == pytest.approx(0.0, abs=1e-6)

@@ -50,7 +50,9 @@ def test_loss_is_the_sum_of_its_weighted_terms(order: int, progress: float) -> N
     student = out.student_tokens["fine"]
     unit = torch.nn.functional.normalize(vector, dim=1)
     gram = gram_loss(student, fine).mean() / 0.2
-    rkd = (rkd_loss(student.mean(1), fine.mean(1)).mean() / 0.1 + rkd_loss(out.text_pooled, unit).mean() / 0.3) / 2
+    plus = {name: value.exp() for name, value in tested.residuals.items()}
+    of_fine = rkd_loss(student.mean(1), fine.mean(1), residual=plus["fine"]).mean() / 0.1
+    rkd = (of_fine + rkd_loss(out.text_pooled, unit, residual=plus["global"]).mean() / 0.3) / 2
     of_global = (global_loss(out.image_global, vector) + global_loss(out.text_global, vector)).mean() / 2 / 0.5
     expected = info_nce(pairs).mean() + 0.3 * gram + 0.7 * rkd + 1.1 * of_global
     expected = expected + 0.2 * (out.image.gate.mean() + out.text.gate.mean()) / 2 + 2.0 * logs["conflict"]
@@ -104,7 +106,8 @@ def test_transition_heads_are_named_so_that_beta_gets_its_own_rate() -> None:
     from pipeline.training.schedule import is_gamma_or_beta
 
     names = [name for name, _ in objective(3).named_parameters()]
-    assert [name for name in names if is_gamma_or_beta(name)] == ["transitions.image.betas", "transitions.text.betas"]
+    quick = [name for name in names if is_gamma_or_beta(name)]
+    assert quick == ["transitions.image.betas", "transitions.text.betas", "residuals.fine", "residuals.global"]
     assert all(name.startswith(("model.", "transitions.")) for name in names)
 
 

@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(subject, "save_file", full)
-    with pytest.raises(PipeError, match="cannot save a checkpoint.*No space left"):
+    with pytest.raises(PipeError, match=r"cannot save a checkpoint.*No space left"):
         save_checkpoint(tmp_path, state(1), model, optimizer, keep=2)
     assert list(tmp_path.iterdir()) == []
 

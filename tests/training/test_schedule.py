@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_learning_rate_rises_linearly_then_follows_half_a_cosine():
     assert rates[100] == pytest.approx(2.0)
     assert rates[550] == pytest.approx(1.0)
     assert rates[775] == pytest.approx(1.0 + math.cos(0.75 * math.pi))
-    assert all(a >= b for a, b in zip(rates[100:], rates[101:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
 
 def test_warmup_takes_at_most_a_tenth_of_a_short_run():
@@ -32,7 +33,9 @@ def test_cosine_equals_torch_scheduler_without_warmup():
     optimizer = torch.optim.SGD([weight], lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
     for k in range(40):
-        assert learning_rate(k, total_steps=40, warmup_steps=0, peak=0.3) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert learning_rate(k, total_steps=40, warmup_steps=0, peak=0.3) == pytest.approx(
+            optimizer.param_groups[0]["lr"]
+        )
         optimizer.step()
         scheduler.step()
 
@@ -40,6 +43,7 @@ def test_cosine_equals_torch_scheduler_without_warmup():
 def test_gamma_of_the_injection_is_slow_but_a_layer_scale_called_gamma_is_not():
     assert is_gamma_or_beta("model.fusion.image.gamma")
     assert is_gamma_or_beta("transitions.image.betas")
+    assert is_gamma_or_beta("residuals.fine")
     assert not is_gamma_or_beta("model.student.image.blocks.0.ls1.gamma")
     assert not is_gamma_or_beta("model.trunk.model.visual.ln.beta")
 
