@@ -22,8 +22,8 @@ from pipeline.console import log, progress
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder, Workspace
 
-START_SECONDS = 20.0  # of a training process: imports, model, final validation and record
-EVALUATION_SECONDS = 50.0
+START_SECONDS = 15.0  # of a training process: imports, model, record
+EVALUATION_STEPS = 50  # the evaluation of all runs takes about as long as this many steps of the slowest (measured)
 TIMED_STEPS = 3
 FEWEST_STEPS, MOST_STEPS = 30, 400
 STOP_SECONDS = 60.0  # a run may take this long to save its checkpoint
@@ -101,7 +101,8 @@ def make_plan(config: Config, *, seconds: float, steps: int | None) -> Plan:
         torch.set_num_threads(threads)
     dealt = deal(planned, lanes)
     if steps is None:
-        steps = steps_that_fit([[run.seconds_per_step for run in lane] for lane in dealt], seconds - EVALUATION_SECONDS)
+        evaluation = EVALUATION_STEPS * max(run.seconds_per_step for run in planned)
+        steps = steps_that_fit([[run.seconds_per_step for run in lane] for lane in dealt], seconds - evaluation)
     return Plan(steps, dealt)
 
 
