@@ -108,7 +108,7 @@ def test_transition_heads_are_named_so_that_beta_gets_its_own_rate() -> None:
     names = [name for name, _ in objective(3).named_parameters()]
     quick = [name for name in names if is_gamma_or_beta(name)]
     assert quick == ["transitions.image.betas", "transitions.text.betas", "residuals.fine", "residuals.global"]
-    assert all(name.startswith(("model.", "transitions.")) for name in names)
+    assert all(name.startswith(("model.", "transitions.", "residuals.")) for name in names)
 
 
 def test_distillation_without_targets_is_refused() -> None:
