@@ -31,7 +31,6 @@ from stages import demo_runs as runs
 
 STATE = "demo.json"  # marks a folder as a demo's and keeps what was decided
 SECONDS = 280.0  # for everything, on two cores
-FINDING = "one run a method and one seed"
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,7 @@ def run(out: Path, *, quick: bool = False) -> None:
         config = settle(out, size)
         card = teach(config, size)
         stage_one(config)
-        plan = decide(out, config, size, started)
-        config = settle(out, size, plan)
+        plan, config = decide(out, config, size, started)
         runs.train_all(config, plan, out)
         evaluate_all(config, plan, card)
     log.info("the demo took %.0f s; open %s", time.monotonic() - started, Workspace(config.workspace).report)
@@ -179,28 +177,16 @@ def draw_scenes(out: Path, size: Size, workers: int) -> None:
 
 
 def settle(out: Path, size: Size, plan: runs.Plan | None = None) -> Config:
-    """Write OUT/pipe.yaml (with the plan's number of steps, once there is one) and read it back."""
-    body = merge(shipped("", "demo"), yaml.safe_load(size.changes))
-    if plan is None and (kept := runs.kept_plan(read_json(out / STATE))):
-        plan = kept
-    if plan is not None:
-        part = max(10, plan.steps // 4)
-        body = merge(
-            body,
-            {
-                "train": {
-                    "max_steps": plan.steps,
-                    "warmup_steps": plan.steps // 4,
-                    "checkpoint_every": part,
-                    "validate_every": part,
-                }
-            },
-        )
-    header = "# Written by `pipe demo` from the preset of this name. Paths are relative to this file's folder.\n"
-    text = header + yaml.safe_dump(body, sort_keys=False, allow_unicode=True, width=120)
+    """Write OUT/pipe.yaml, if it is not there or there is a new plan, and read it: it is the user's from then on."""
     path = out / "pipe.yaml"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_bytes(path, text.encode())
+    if plan is not None or not path.exists():
+        body = merge(shipped("", "demo"), yaml.safe_load(size.changes))
+        if plan is not None:
+            every = max(10, plan.steps // 4)
+            train = {"max_steps": plan.steps, "warmup_steps": plan.steps // 4}
+            body = merge(body, {"train": train | {"checkpoint_every": every, "validate_every": every}})
+        header = "# Written by `pipe demo` from the preset of this name. Paths are relative to this file's folder.\n"
+        write_bytes(path, (header + yaml.safe_dump(body, sort_keys=False, allow_unicode=True, width=120)).encode())
     return load_config(path.absolute())
 
 
@@ -240,19 +226,19 @@ def stage_one(config: Config) -> None:
 # ---- plan and evaluation ---------------------------------------------------------------------------------------------
 
 
-def decide(out: Path, config: Config, size: Size, started: float) -> runs.Plan:
-    """The number of steps for all methods: the one kept from an earlier call, or as many as fit the time that is left.
+def decide(out: Path, config: Config, size: Size, started: float) -> tuple[runs.Plan, Config]:
+    """One number of steps for all methods, and the configuration with it.
 
-    Raises:
-        PipeError: a method cannot run at all.
+    It is the one kept from an earlier call, or as many steps as fit the time that is left.
     """
     plan = runs.kept_plan(read_json(out / STATE))
     if plan is None:
         left = SECONDS - (time.monotonic() - started)
         plan = runs.make_plan(config, seconds=left, steps=size.steps)
+        config = settle(out, size, plan)
         _remember(out, plan=plan.to_json())
     log.info("%s", plan.describe(config.train.batch_size))
-    return plan
+    return plan, config
 
 
 def evaluate_all(config: Config, plan: runs.Plan, card: dict[str, Any]) -> None:
@@ -265,7 +251,7 @@ def evaluate_all(config: Config, plan: runs.Plan, card: dict[str, Any]) -> None:
     headline = Workspace(config.workspace).report / "tables" / "headline.md"
     if headline.exists():
         print(headline.read_text(encoding="utf-8").rstrip())
-        print(f"\n(from {FINDING}: only large differences mean anything)")
+        print("\nOne run of each method, with one seed: only large differences mean anything.")
 
 
 def notes(config: Config, plan: runs.Plan, card: dict[str, Any]) -> list[str]:
@@ -280,10 +266,10 @@ def notes(config: Config, plan: runs.Plan, card: dict[str, Any]) -> list[str]:
         "The images are generated: one to four shapes with a colour, a size and a texture each, and captions that "
         "mention some of it. The sketch sets show the same kind of scene in a style that no training image has. "
         "Nothing here is evidence about photographs.",
-        f"The teacher: {card['what']} {card['parameters']:,} parameters, {recipe['steps']} steps of "
-        f"{recipe['batch_size']} in {card['seconds']:.0f} s, on {recipe['scenes']:,} scenes of its own, none of which "
-        f"is used below. Of the patches that show an object in scenes it had not seen, it names right: {accuracy}.",
-        f"Every method saw the same {plan.steps * config.train.batch_size:,} pairs ({plan.steps} steps of "
-        f"{config.train.batch_size}), from {FINDING}. Intervals are over test images and do not cover the seed: "
-        "differences of a few points between methods say nothing here, and only large effects can be read from it.",
+        f"The teacher: {card['what']} It has {card['parameters']:,} parameters and was trained for {recipe['steps']} "
+        f"steps of {recipe['batch_size']} ({card['seconds']:.0f} s), on {recipe['scenes']:,} scenes of its own, none "
+        f"of which is used below. Of the patches that show an object in scenes it had not seen, it names right: {accuracy}.",
+        f"Every method was trained once, with one seed, on {plan.steps * config.train.batch_size:,} pairs "
+        f"({plan.steps} steps of {config.train.batch_size}). Intervals are over test images and do not cover the seed: "
+        "a difference of a few points between methods says nothing here; only large effects can be read from it.",
     ]

@@ -57,12 +57,18 @@ def test_its_pipe_yaml_keeps_everything_inside_the_folder_wherever_that_lies(tmp
         assert Path(str(path)).resolve().is_relative_to((tmp_path / "there").resolve())
 
 
-def test_the_plan_is_written_into_pipe_yaml_and_survives_the_next_call(tmp_path: Path) -> None:
+def test_the_plan_is_written_into_pipe_yaml_which_then_belongs_to_the_user(tmp_path: Path) -> None:
     demo.claim(tmp_path, quick=False)
+    demo.settle(tmp_path, demo.FULL)
     assert demo.settle(tmp_path, demo.FULL, PLAN).train.max_steps == 70
+    path = tmp_path / "pipe.yaml"
+    assert yaml.safe_load(path.read_text())["train"]["warmup_steps"] == 17
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.002"))
     demo._remember(tmp_path, plan=PLAN.to_json())
-    assert demo.settle(tmp_path, demo.FULL).train.max_steps == 70
-    assert yaml.safe_load((tmp_path / "pipe.yaml").read_text())["train"]["warmup_steps"] == 17
+    config = demo.settle(tmp_path, demo.FULL)
+    plan, config = demo.decide(tmp_path, config, demo.FULL, started=0.0)
+    assert plan == PLAN
+    assert (config.train.max_steps, config.train.lr) == (70, 0.002)
 
 
 def test_a_plan_comes_back_from_its_json() -> None:

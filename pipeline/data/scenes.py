@@ -133,9 +133,6 @@ class Dice:
         return [item for _, item in sorted(((self._random.random(), i), item) for i, item in enumerate(items))]
 
 
-# ---- what is in a scene ----------------------------------------------------------------------------------------------
-
-
 def make_scene(seed: int, index: int) -> Scene:
     """Scene number `index` of the endless series `seed`.
 
