@@ -268,7 +268,7 @@ def notes(config: Config, plan: runs.Plan, card: dict[str, Any]) -> list[str]:
         "Nothing here is evidence about photographs.",
         f"The teacher: {card['what']} It has {card['parameters']:,} parameters and was trained for {recipe['steps']} "
         f"steps of {recipe['batch_size']} ({card['seconds']:.0f} s), on {recipe['scenes']:,} scenes of its own, none "
-        f"of which is used below. Of the patches that show an object in scenes it had not seen, it names right: {accuracy}.",
+        f"of which is used below. Of the object patches in scenes it had not seen, it names right: {accuracy}.",
         f"Every method was trained once, with one seed, on {plan.steps * config.train.batch_size:,} pairs "
         f"({plan.steps} steps of {config.train.batch_size}). Intervals are over test images and do not cover the seed: "
         "a difference of a few points between methods says nothing here; only large effects can be read from it.",
