@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from colour_world import Broken, ColourModel, jpeg
-from pipeline.data.samples import SampleError, decode_image
 
+from pipeline.data.samples import SampleError, decode_image
 from pipeline.errors import PipeError
 from pipeline.evaluation.embeddings import loaded_batches
 
