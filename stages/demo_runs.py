@@ -22,11 +22,11 @@ from pipeline.console import log, progress
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder, Workspace
 
-START_SECONDS = 15.0  # of a training process: imports, model, record
-EVALUATION_STEPS = 50  # the evaluation of all runs takes about as long as this many steps of the slowest (measured)
-SIDE_BY_SIDE = 1.15  # what a step takes with a neighbour on the other core, against alone
+START_SECONDS = 20.0  # of a training process: imports, model, record
+EVALUATION_STEPS = 70  # the evaluation of all runs takes about as long as this many steps of the slowest (measured)
+SIDE_BY_SIDE = 1.1  # what a step takes with a neighbour on the other core, against alone
 TIMED_STEPS = 3
-FEWEST_STEPS, MOST_STEPS = 30, 400
+FEWEST_STEPS, MOST_STEPS = 40, 400
 STOP_SECONDS = 60.0  # a run may take this long to save its checkpoint
 
 
@@ -93,8 +93,7 @@ def make_plan(config: Config, *, seconds: float, steps: int | None) -> Plan:
 
     timed = steps is None
     threads = torch.get_num_threads()
-    on_gpu = torch.cuda.is_available()
-    lanes = 1 if on_gpu or threads < 2 else 2
+    lanes = 1 if torch.cuda.is_available() or cores() < 2 else 2
     torch.set_num_threads(max(1, threads // lanes))
     try:
         planned = [replace(run, seconds_per_step=seconds_per_step(config, run)) for run in RUNS] if timed else RUNS
@@ -190,7 +189,7 @@ def train_all(config: Config, plan: Plan, out: Path) -> None:
     total = plan.steps * sum(map(len, waiting))
     if not total:
         return
-    threads = max(1, torch.get_num_threads() // len(plan.lanes))
+    threads = max(1, min(torch.get_num_threads(), cores() // len(plan.lanes)))
     running: dict[int, Child] = {}
     with progress(f"training {', '.join(run.name for lane in waiting for run in lane)}", total, "steps") as bar:
         try:

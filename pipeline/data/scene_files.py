@@ -14,13 +14,13 @@ import json
 import tarfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
 from pipeline.console import progress
 from pipeline.data.scene_captions import captions
-from pipeline.data.scenes import COLOURS, SHAPES, TEXTURES, Scene, Style, draw, make_scene
+from pipeline.data.scenes import COLOURS, SHAPES, TEXTURES, Style, draw, make_scene
 from pipeline.run_folder import write_bytes
 
 # attribute of the dominant object → its classes, and prompts in words that captions use too
@@ -96,7 +96,7 @@ def _pair(index: int, *, seed: int, style: Style, size: int) -> Members:
         "labels": scene.labels(),
     }
     return [
-        (f"{key}.png", _png(scene, style, size)),
+        (f"{key}.png", _png(seed, index, style, size)),
         (f"{key}.txt", texts[0].encode()),
         (f"{key}.json", json.dumps(about, sort_keys=True).encode()),
     ]
@@ -105,12 +105,13 @@ def _pair(index: int, *, seed: int, style: Style, size: int) -> Members:
 def _labelled(index: int, *, attribute: str, seed: int, style: Style, size: int) -> Members:
     scene = make_scene(seed, index)
     label = ATTRIBUTES[attribute].index(getattr(scene.dominant, attribute))
-    return [(f"s{index:07d}.png", _png(scene, style, size)), (f"s{index:07d}.cls", str(label).encode())]
+    return [(f"s{index:07d}.png", _png(seed, index, style, size)), (f"s{index:07d}.cls", str(label).encode())]
 
 
-def _png(scene: Scene, style: Style, size: int) -> bytes:
+@lru_cache(maxsize=2048)  # small sets of the same scenes are written once for each attribute
+def _png(seed: int, index: int, style: Style, size: int) -> bytes:
     stream = io.BytesIO()
-    draw(scene, size=size, style=style).save(stream, "PNG")
+    draw(make_scene(seed, index), size=size, style=style).save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -58,13 +58,13 @@ class Recipe:
         place_weight: c_place.
     """
 
-    steps: int = 500
+    steps: int = 300
     batch_size: int = 32
     lr: float = 3e-3
     warmup_steps: int = 40
     weight_decay: float = 0.05
-    scenes: int = 3000
-    held_out: int = 400
+    scenes: int = 2000
+    held_out: int = 250
     seed: int = 9000
     background_weight: float = 0.15
     place_weight: float = 2.0
