@@ -50,12 +50,12 @@ class Size:
 FULL = Size()
 QUICK = Size(
     train=200,
-    val=40,
-    test=40,
-    probe_train=60,
-    probe_test=40,
-    recipe=replace(Recipe(), steps=10, scenes=60, held_out=20),
-    steps=10,
+    val=32,
+    test=32,
+    probe_train=48,
+    probe_test=32,
+    recipe=replace(Recipe(), steps=10, scenes=40, held_out=16),
+    steps=6,
     changes="{teacher: {model_args: {patch_size: 8, embed_dim: 48, depth: 2, num_heads: 2, init_values: 1.0, "
     "num_classes: 0}}, train: {batch_size: 32}}",
 )
