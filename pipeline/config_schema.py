@@ -18,9 +18,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
 
 
+Source = Annotated[str, Field(min_length=1)]  # an empty one would read as the current folder
+
+
 class DataConfig(Section):
-    source: str | None = None
-    val_source: str | None = None
+    source: Source | None = None
+    val_source: Source | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     view: Literal["crop", "squash"] = "crop"
     rows: Literal["all", "cached"] = "all"
@@ -124,6 +127,11 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = 2
     validate_every: Positive | None = 500
     log_every: Positive = 10
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads an unquoted no as false
 
 
 class LossConfig(Section):

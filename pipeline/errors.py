@@ -27,4 +27,12 @@ def _rebuild(what: str, where: object | None, fix: str | None) -> PipeError:
 
 
 class Stopped(Exception):
-    """A signal asked us to stop and everything needed to go on is on disk (`pipe` exits with 75)."""
+    """A signal asked us to stop and everything needed to go on is on disk (`pipe` exits with 75).
+
+    Args:
+        where: how far the work is.
+        go_on: what the user does to go on.
+    """
+
+    def __init__(self, where: str, go_on: str = "the same command goes on from here") -> None:
+        super().__init__(f"{where}; {go_on}")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@cache
 def code_version() -> str:
-    """The package's version, with the commit where the code runs from a checkout (`0.1.0+1a2b3c4` or `…-dirty`)."""
+    """The package's version, with the commit where the code runs from a checkout (`0.1.0+1a2b3c4` or `…-dirty`).
+
+    Asked once a process: a long run must name the code it was started with, whatever is committed meanwhile.
+    """
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
         return __version__

@@ -59,10 +59,10 @@ def friendly(command: Command) -> Command:
             if isinstance(error, PipeError):
                 _fail(str(error))
             if isinstance(error, Stopped):
-                typer.echo(f"stopped: {error}; the same command goes on from here", err=True)
+                typer.echo(f"stopped: {error}", err=True)
                 raise typer.Exit(RESUMABLE) from None
             if isinstance(error, KeyboardInterrupt):
-                typer.echo("stopped: the same command goes on from here", err=True)
+                typer.echo("stopped: run the same command again", err=True)
                 raise typer.Exit(RESUMABLE) from None
             if isinstance(error, BrokenPipeError):  # `pipe evaluate | head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -117,6 +117,7 @@ def test_all_problems_are_named_at_once_with_the_nearest_key():
     [
         ({"train": {"batch_size": 1}}, "train.batch_size"),
         ({"data": {"val_fraction": 1.5}}, "data.val_fraction"),
+        ({"data": {"source": ""}}, "data.source"),
         ({"loss": {"cross": float("nan")}}, "loss.cross"),
         ({"loss": {"gram": -1}}, "loss.gram"),
         ({"teacher": {"scales": []}}, "teacher.scales"),
@@ -129,6 +130,15 @@ def test_all_problems_are_named_at_once_with_the_nearest_key():
 def test_a_value_out_of_bounds_names_its_key(values, key):
     with pytest.raises(PipeError, match=key.replace(".", r"\.")):
         validate(values)
+
+
+def test_an_unquoted_no_is_a_precision_and_not_a_boolean(tmp_path):
+    path = tmp_path / "pipe.yaml"
+    path.write_text("train: {precision: no}\n")
+    assert load_config(path).train.precision == "no"
+    assert load_config(path, sets=["train.precision=no"]).train.precision == "no"
+    with pytest.raises(PipeError, match=r"train\.precision"):
+        load_config(path, sets=["train.precision=yes"])
 
 
 def test_two_scales_of_one_name_are_refused():
@@ -201,9 +211,10 @@ def test_every_shipped_preset_method_and_fusion_resolves():
     for kind in ("methods", "fusion"):
         for path in (configs_folder() / kind).glob("*.yaml"):
             key = "train.method" if kind == "methods" else "model.fusion"
-            load_config(None, flags={key: path.stem})
+            section, name = key.split(".")
+            assert getattr(getattr(load_config(None, flags={key: path.stem}), section), name) == path.stem
     for path in configs_folder().glob("*.yaml"):
-        load_config(None, preset=path.stem)
+        assert load_config(None, preset=path.stem).train.method == "dinorankclip"
 
 
 def test_an_unknown_named_file_gets_the_nearest():

@@ -35,10 +35,12 @@ def steps_name(scale: str) -> str:
 
 
 def basis_name(scale: str) -> str:
+    """The scale's PCA basis (C, K) float32; absent where nothing was projected."""
     return f"{scale}_basis"
 
 
 def gram_mean_name(scale: str) -> str:
+    """The scale's mean Gram matrix (g², g²) float32 over the calibration rows."""
     return f"{scale}_gram_mean"
 
 
@@ -239,6 +241,7 @@ def plain_array_document(
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """zarr.json of the group, which carries everything that is not an array."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 

@@ -41,7 +41,7 @@ def open_cache(path: str | Path, *, verify: bool = False, max_maps: int | None =
 
 
 class Cache:
-    """A teacher cache. Attributes are what `pipe cache info` shows; `read` and `read_raw` give rows.
+    """A teacher cache. Attributes say what is in it; `read` and `read_raw` give rows.
 
     Attributes:
         path, rows, shard_rows, global_width: R, S, C.

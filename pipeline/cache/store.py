@@ -84,9 +84,11 @@ def _guarded(read: Callable[[Path], Any], file: Path) -> Any:
 
 
 def read_bytes(file: Path) -> bytes:
+    """A file's bytes; whatever is wrong with it is one clear line."""
     data: bytes = _guarded(Path.read_bytes, file)
     return data
 
 
 def read_json(file: Path) -> Any:
+    """A file's JSON; whatever is wrong with it is one clear line."""
     return _guarded(lambda f: json.loads(f.read_text(encoding="utf-8")), file)

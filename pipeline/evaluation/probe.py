@@ -84,6 +84,7 @@ def validation_rows(labels: Ints, *, share: float = VALIDATION_SHARE, seed: int 
 
 
 def statistics(correct: NDArray[np.bool_], labels: Ints) -> dict[str, Statistic]:
+    """What a probe is scored by: correct (n,) bool and labels (n,) → name → statistic."""
     return {"probe/top1": mean_of(correct), "probe/mean_per_class": mean_of_groups(correct, labels)}
 
 

@@ -305,9 +305,7 @@ def load(run: str | Path) -> tuple[DinoRankCLIP, Preprocess, Tokenizer]:
         model.load_state_dict(stored.weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise PipeError(
-            f"the weights do not fit the model ({reason})", where=run, fix="train or export again"
-        ) from None
+        raise PipeError(f"the weights do not fit the model ({reason})", where=run, fix="train again") from None
     return model.eval(), Preprocess.from_json(stored.preprocess), model.trunk.tokenizer
 
 

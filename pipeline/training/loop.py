@@ -84,7 +84,7 @@ class Training:
                 if stopping or self._due(self.settings.checkpoint_every):
                     self.save()
                 if stopping:
-                    raise Stopped(f"training at step {self.step:,} of {total:,} (go on with --resume)")
+                    raise Stopped(f"training at step {self.step:,} of {total:,}", "go on with --resume")
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """Forward, backward, clip, update: the whole of it."""
@@ -138,7 +138,7 @@ class Training:
         last = checkpoints(self.folder.checkpoints)
         rows = ", ".join(str(row) for row in batch.rows[:8].tolist())
         raise PipeError(
-            f"the loss is {float(loss)} at step {self.step}",
+            f"the loss is {loss.item()} at step {self.step}",
             where=f"rows {rows}, …",
             fix=f"last good checkpoint: {last[-1] if last else 'none'}; lower train.lr or use train.precision=no",
         )

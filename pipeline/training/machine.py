@@ -29,7 +29,7 @@ def launch_on_all_gpus(module: str, arguments: Sequence[str]) -> None:
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run([sys.executable, *launch, "-m", module, *arguments], check=False)
     if done.returncode in (75, -15, -2):
-        raise Stopped("training (go on with --resume)")
+        raise Stopped("training", "go on with --resume")
     if done.returncode:
         raise PipeError(f"a training process ended with code {done.returncode}", fix="its message stands above")
 

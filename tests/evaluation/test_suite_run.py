@@ -88,9 +88,10 @@ def test_a_second_evaluation_gives_the_same_bytes_and_calls_no_model(subject, co
 
 
 def test_a_second_evaluation_fits_no_probe(subject, colours, tmp_path, monkeypatch):
-    run([subject()], [PROBE], tmp_path)
+    first = run([subject()], [PROBE], tmp_path)
     monkeypatch.setattr("pipeline.evaluation.probe.probe", lambda *_: pytest.fail("fitted again"))
-    run([subject(Broken())], [PROBE], tmp_path)
+    again = run([subject(Broken())], [PROBE], tmp_path)
+    assert to_json(again.records) == to_json(first.records)
 
 
 def test_a_fresh_store_gives_the_same_bytes(subject, colours, tmp_path):

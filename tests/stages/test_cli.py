@@ -105,7 +105,8 @@ def test_contradicting_flags_name_the_right_command(tmp_path):
     [
         (PipeError("broken", where="a.tar", fix="mend it"), 1, "error: broken, a.tar; mend it"),
         (Stopped("training at step 3"), 75, "stopped: training at step 3; the same command goes on from here"),
-        (KeyboardInterrupt(), 75, "stopped: the same command goes on from here"),
+        (KeyboardInterrupt(), 75, "stopped: run the same command again"),
+        (Stopped("at 3", "go on with --resume"), 75, "stopped: at 3; go on with --resume\n"),
         (FileNotFoundError(2, "No such file", "x.tar"), 1, "error: No such file, x.tar"),
         (ZeroDivisionError("by zero"), 1, "error: unexpected ZeroDivisionError: by zero; please report it"),
         (PipeError("two\nlines"), 1, "error: two lines"),
