@@ -14,6 +14,8 @@ from typing import Any
 from pipeline import __version__
 from pipeline.errors import PipeError
 
+REFERENCE_ROWS = ("chance", "teacher")  # the result tables' own rows; pipeline.evaluation.records names them
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -86,6 +88,8 @@ class Workspace:
             raise PipeError(
                 "this run name cannot be a folder name", where=repr(name), fix="use letters, digits, - and _"
             )
+        if name in REFERENCE_ROWS:
+            raise PipeError("tables have a reference row of that name", where=repr(name), fix="name the run otherwise")
         return RunFolder(self.runs / name)
 
     def all_runs(self) -> list[RunFolder]:

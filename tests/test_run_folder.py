@@ -8,12 +8,19 @@ import pytest
 
 from pipeline import run_folder
 from pipeline.errors import PipeError
+from pipeline.evaluation.records import CHANCE, TEACHER
 from pipeline.run_folder import Workspace, code_version, read_json, sha256_file, write_bytes, write_json
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/etc", "a\0b", "c:d"])
 def test_a_run_name_cannot_leave_the_workspace(tmp_path, name):
     with pytest.raises(PipeError, match="cannot be a folder name"):
+        Workspace(tmp_path).run(name)
+
+
+@pytest.mark.parametrize("name", [CHANCE, TEACHER])
+def test_a_run_cannot_take_the_name_of_a_reference_row(tmp_path, name):
+    with pytest.raises(PipeError, match="reference row"):
         Workspace(tmp_path).run(name)
 
 

@@ -7,7 +7,10 @@ texts of row i and q_ij the softmax over images of column j,
     ∇_{z_i} L = (s / 2N) · [ Σ_j (p_ij + q_ij) t_j − 2 t_i ]
     ∇_{t_j} L = (s / 2N) · [ Σ_i (p_ij + q_ij) z_i − 2 z_j ]
 
-The L1 penalty on g is the paper's (arXiv 2605.06592); the conflict loss is our reading of "conflict-aware".
+The L1 penalty on g is the paper's (arXiv 2605.06592); that it counts in proportion to |γ|, and the conflict loss, are our
+reading. γ starts at 0, where neither InfoNCE nor the conflict reaches the gate: a bare L1 would be its only gradient, and
+Adam, which divides a gradient by its size, closes the gate at full speed whatever the penalty's weight (seen: from 0.5 to
+0.00 in 100 steps, docs/journal.md). Times |γ| all three vanish together and keep their proportions.
 
 Legend: B own pairs, N gathered pairs, D width.
 """
@@ -27,9 +30,16 @@ from pipeline.losses.pairs import Pairs
 EPS = 1e-12
 
 
-def gate_l1(gates: Sequence[Tensor]) -> Tensor:
-    """Mean opening of each pair's gates: gates (B, D) in (0, 1), one for each side → (B,)."""
-    return torch.stack([gate.mean(1) for gate in gates]).mean(0)
+def gate_l1(gates: Sequence[Tensor], gammas: Sequence[Tensor]) -> Tensor:
+    """What the open gates cost each pair: |γ| · mean g, averaged over the sides, γ detached.
+
+    Args:
+        gates: g (B, D) in (0, 1), one for each side. gammas: γ (), one for each side.
+
+    Returns:
+        (B,).
+    """
+    return torch.stack([gamma.detach().abs() * g.mean(1) for g, gamma in zip(gates, gammas, strict=True)]).mean(0)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The training objective: model, transition heads and every loss in the one module that DDP wraps.
 
     L = L_InfoNCE + w_c(t) L_cross + w_i(t) L_in
-        + λ_gram L_gram + λ_rkd L_rkd + λ_global L_global + λ_gate L1(g) + λ_conflict L_conflict
+        + λ_gram L_gram + λ_rkd L_rkd + λ_global L_global + λ_gate |γ| L1(g) + λ_conflict L_conflict
 
 InfoNCE and all lists look at the outputs v, w; the trunk's z, t alone serve the conflict. Each distillation term is
 divided by what a predictor that ignores the image scores, and averaged over its scales and branches (our reading), so
@@ -209,7 +209,7 @@ class Objective(nn.Module):
         return total
 
     def _gate(self, out: Forward, pairs: Pairs, logs: Logs) -> Tensor | float:
-        """λ_gate L1(g) + λ_conflict L_conflict, both sides averaged."""
+        """λ_gate |γ| L1(g) + λ_conflict L_conflict, both sides averaged."""
         sides: dict[Literal["image", "text"], tuple[Tensor, Side]] = {}
         if out.image is not None:
             sides["image"] = (out.z, out.image)
@@ -218,14 +218,12 @@ class Objective(nn.Module):
         if not sides:
             return 0.0
         w = self.loss_weights
-        opening = pairs.mean(gate_l1([at_least_float32(side.gate) for _, side in sides.values()]))
-        logs |= {"gate_l1": opening}
+        gates = {name: at_least_float32(side.gate) for name, (_, side) in sides.items()}
+        penalty = pairs.mean(gate_l1(list(gates.values()), [side.gamma for _, side in sides.values()]))
+        logs |= {"gate_l1": penalty}
         for name, (_, side) in sides.items():
-            logs |= {
-                f"gamma/{name}": side.gamma,
-                f"gate_mean/{name}": pairs.mean(gate_l1([at_least_float32(side.gate)])),
-            }
-        total: Tensor | float = w.gate_l1 * opening if w.gate_l1 else 0.0
+            logs |= {f"gamma/{name}": side.gamma, f"gate_mean/{name}": pairs.mean(gates[name].mean(1))}
+        total: Tensor | float = w.gate_l1 * penalty if w.gate_l1 else 0.0
         if w.conflict:
             z, t = (at_least_float32(x.detach()) for x in (out.z, out.t))
             trunk = Pairs.gathered(z, t, pairs.scale.detach(), pairs.sizes)

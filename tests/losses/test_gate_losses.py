@@ -77,10 +77,12 @@ def test_descending_the_conflict_closes_the_gate_where_it_hurts() -> None:
     assert float(harm().detach()) < 0.2 * before
 
 
-def test_gate_l1_is_the_mean_opening_of_both_sides() -> None:
+def test_gate_l1_is_each_sides_mean_opening_times_its_detached_gamma() -> None:
     a, b = torch.rand(3, 4), torch.rand(3, 4)
-    torch.testing.assert_close(gate_l1([a, b]), torch.stack([a, b]).mean((0, 2)))
-    torch.testing.assert_close(gate_l1([a]), a.mean(1))
+    gamma, other = torch.tensor(-0.3, requires_grad=True), torch.tensor(0.2)
+    found = gate_l1([a, b], [gamma, other])
+    torch.testing.assert_close(found, (0.3 * a.mean(1) + 0.2 * b.mean(1)) / 2)
+    assert not found.requires_grad
 
 
 def test_drift_is_the_direct_change_and_its_slope_the_finite_difference() -> None:

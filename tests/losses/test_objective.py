@@ -55,7 +55,8 @@ def test_loss_is_the_sum_of_its_weighted_terms(order: int, progress: float) -> N
     rkd = (of_fine + rkd_loss(out.text_pooled, unit, residual=plus["global"]).mean() / 0.3) / 2
     of_global = (global_loss(out.image_global, vector) + global_loss(out.text_global, vector)).mean() / 2 / 0.5
     expected = info_nce(pairs).mean() + 0.3 * gram + 0.7 * rkd + 1.1 * of_global
-    expected = expected + 0.2 * (out.image.gate.mean() + out.text.gate.mean()) / 2 + 2.0 * logs["conflict"]
+    opened = (0.3 * out.image.gate.mean() + 0.2 * out.text.gate.mean()) / 2  # |γ| of each side times its gate
+    expected = expected + 0.2 * opened + 2.0 * logs["conflict"]
     if order:
         maps = dict(tested.transitions.items()) or None
         w_c, w_i = tested.weights(progress)
