@@ -55,7 +55,7 @@ def default_name(config: Config) -> str:
 
 def _train(session: Session, config: Config, data: Data) -> None:
     from pipeline.training.data import batches
-    from pipeline.training.validation import validate, validation_steps
+    from pipeline.training.validation import number_images, validate, validation_steps
 
     training, plan = session.training, session.plan
     accelerator = training.accelerator
@@ -76,6 +76,8 @@ def _train(session: Session, config: Config, data: Data) -> None:
             accelerator.mixed_precision,
         )
 
+    image_numbers = number_images(data.val_rows, data.manifest.column("sha256", data.val_rows).tolist())
+
     def measure() -> dict[str, float]:
         steps = validation_steps(data.val_rows, batch_size=config.train.batch_size, **place)
         return validate(
@@ -83,6 +85,7 @@ def _train(session: Session, config: Config, data: Data) -> None:
             training.bare.model,
             batches(session.datasets["val"], steps, workers=0),
             accelerator.device,
+            image_numbers=image_numbers,
         )
 
     stream = batches(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.cache.reader import Cache, check_matches, open_cache
 from pipeline.config import Config
+from pipeline.config_schema import TeacherConfig
 from pipeline.console import log
 from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.errors import PipeError
@@ -42,7 +44,12 @@ def open_data(workspace: Workspace, config: Config) -> Data:
                 fix="run: pipe extract-teacher (or train --fusion none)",
             )
         cache = open_cache(workspace.teacher)
-        check_matches(cache, manifest_fingerprint=manifest.fingerprint(), teacher=asked_teacher(config))
+        check_matches(
+            cache,
+            manifest_fingerprint=manifest.fingerprint(),
+            teacher=asked_teacher(config, cache.teacher.get("layers", 0)),
+            settings=asked_settings(config),
+        )
         rows = {split: _cached_rows(cache, of_split, config) for split, of_split in rows.items()}
     generator = np.random.default_rng([config.train.seed, 0x7A])
     val = rows["val"]
@@ -51,14 +58,40 @@ def open_data(workspace: Workspace, config: Config) -> Data:
     return Data(manifest, cache, rows["train"], val)
 
 
-def asked_teacher(config: Config) -> dict[str, Any]:
-    """The fields of the cache's teacher that the configuration fixes; a cache made otherwise is refused."""
-    return {
-        "name": config.teacher.name,
-        "image_size": config.teacher.image_size,
+def asked_teacher(config: Config, layers: int) -> dict[str, Any]:
+    """The fields of a cache's teacher that the configuration fixes; `layers`: how many the teacher has."""
+    teacher = config.teacher
+    asked: dict[str, Any] = {
+        "name": teacher.name,
+        "image_size": teacher.image_size,
         "view": config.data.view,
-        "scales": [{"name": scale.name, "grid": scale.grid} for scale in config.teacher.scales],
+        "scales": [{"name": s.name, "grid": s.grid, "layer": _resolved(s.layer, layers)} for s in teacher.scales],
+        "model_args": teacher.model_args,
+        "weights": _asked_weights(teacher),
     }
+    # Those not set are the network's own, which only the network knows.
+    return asked | {key: list(value) for key in ("mean", "std") if (value := getattr(teacher, key)) is not None}
+
+
+def _resolved(layer: int, layers: int) -> int:
+    """A layer from the end as the cache names it; one that the teacher does not have stays as it is, to be refused."""
+    return layer + layers if -layers <= layer < 0 else layer
+
+
+def _asked_weights(teacher: TeacherConfig) -> dict[str, str]:
+    """The teacher itself is not needed here; its file is compared where it is at hand."""
+    from pipeline.teacher.weights import weights_origin
+
+    if teacher.checkpoint is None or Path(teacher.checkpoint).is_file():
+        path = None if teacher.checkpoint is None else Path(teacher.checkpoint)
+        return weights_origin(path, random_weights=teacher.random_weights)
+    log.info("%s is not on this machine: not compared with the teacher cache's weights", teacher.checkpoint)
+    return {"origin": "checkpoint"}
+
+
+def asked_settings(config: Config) -> dict[str, Any]:
+    """What else shapes a cache's numbers, as the configuration has it."""
+    return config.teacher.model_dump(include={"pca", "dtype", "calibration_rows", "seed"})
 
 
 def _cached_rows(cache: Cache, rows: np.ndarray, config: Config) -> np.ndarray:

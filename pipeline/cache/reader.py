@@ -217,19 +217,26 @@ class Cache:
 
 
 def check_matches(
-    cache: Cache, *, manifest_fingerprint: str | None = None, teacher: Mapping[str, Any] | None = None
+    cache: Cache,
+    *,
+    manifest_fingerprint: str | None = None,
+    teacher: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse a cache of another manifest or teacher, naming the first field that differs.
+    """Refuse a cache of another manifest or teacher, or fitted otherwise, naming the first field that differs.
 
     Args:
         manifest_fingerprint: of the manifest in use; None asks nothing.
         teacher: the fields of the teacher's fingerprint to compare (a subset will do); None asks nothing.
+        settings: those of the cache's settings to compare; None asks nothing.
     """
     difference = None
     if manifest_fingerprint is not None:
         difference = layout.first_difference(manifest_fingerprint, cache.manifest_fingerprint, "manifest_fingerprint")
     if difference is None and teacher is not None:
         difference = layout.first_difference(teacher, cache.teacher, "teacher")
+    if difference is None and settings is not None:
+        difference = layout.first_difference(settings, cache.settings, "settings")
     if difference:
         raise PipeError(
             f"this cache does not match: {difference}",

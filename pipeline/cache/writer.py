@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -206,7 +207,7 @@ class CacheWriter:
 
 
 def _refuse_other(cache: Cache, identity: CacheIdentity) -> None:
-    found = {
+    found: dict[str, Any] = {
         "rows": cache.rows,
         "scales": [asdict(scale.spec) for scale in cache.scales],
         "global_width": cache.global_width,
@@ -215,7 +216,10 @@ def _refuse_other(cache: Cache, identity: CacheIdentity) -> None:
         "manifest_fingerprint": cache.manifest_fingerprint,
         "settings": cache.settings,
     }
-    difference = layout.first_difference(identity.to_json(), found, whole=True)
+    asked = identity.to_json()
+    for side in (asked, found):  # by hub name or from a file: it is the weights' own hash that counts
+        side["teacher"] = {key: value for key, value in side["teacher"].items() if key != "weights"}
+    difference = layout.first_difference(asked, found, whole=True)
     if difference:
         raise PipeError(
             f"the cache there is of something else: {difference}",

@@ -190,9 +190,10 @@ class Manifest:
             keep &= self.column("status") == OK
         return np.flatnonzero(keep).astype(np.int64)
 
-    def column(self, name: str) -> NDArray[Any]:
-        """(rows,) a column as a NumPy array (text as objects); not for captions."""
-        return np.asarray(self._table.column(name).to_numpy())
+    def column(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """(rows,) a column, or some rows of it, as a NumPy array (text as objects); not for captions."""
+        column = self._table.column(name)
+        return np.asarray((column if rows is None else column.take(rows)).to_numpy())
 
     def sources(self) -> NDArray[np.object_]:
         """(rows,) the source name of each row."""

@@ -29,6 +29,10 @@ class SampleError(Exception):
     """This one sample cannot be used; the others can."""
 
 
+class SampleUnavailable(SampleError):
+    """What was indexed cannot be read now; it may be back later, which a broken image never is."""
+
+
 class ImageTooLarge(SampleError):
     """More bytes or pixels than we accept."""
 
@@ -137,7 +141,8 @@ class SampleReader:
         """The encoded image as it lies in its source.
 
         Raises:
-            SampleError: the row has no image, or not all of it is there.
+            SampleError: the row has no image.
+            SampleUnavailable: it had one, which is gone, unreadable or changed.
             PipeError: the row's tar is gone or was changed since it was indexed.
         """
         record = self._with_image(row)
@@ -170,9 +175,12 @@ class SampleReader:
         return record
 
     def _exactly(self, record: ManifestRow, offset: int, count: int) -> bytes:
-        data = self._source(record.source).read(offset, count)
+        try:
+            data = self._source(record.source).read(offset, count)
+        except OSError as error:
+            raise SampleUnavailable(f"row {record.row}: cannot read {record.source} ({error.strerror})") from error
         if len(data) < count:
-            raise SampleError(f"row {record.row}: {record.source} ends {count - len(data):,} bytes too early")
+            raise SampleUnavailable(f"row {record.row}: {record.source} ends {count - len(data):,} bytes too early")
         return data
 
     def _file_bytes(self, record: ManifestRow) -> bytes:
@@ -180,9 +188,9 @@ class SampleReader:
         try:
             data = _OpenFile(path).read(0, record.image_bytes + 1)
         except OSError as error:
-            raise SampleError(f"row {record.row}: cannot read {record.key} ({error.strerror})") from error
+            raise SampleUnavailable(f"row {record.row}: cannot read {record.key} ({error.strerror})") from error
         if len(data) != record.image_bytes:
-            raise SampleError(f"row {record.row}: {record.key} changed since it was indexed")
+            raise SampleUnavailable(f"row {record.row}: {record.key} changed since it was indexed")
         return data
 
     def _source(self, name: str) -> _OpenFile:

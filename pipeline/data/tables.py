@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ IMAGE_COLUMNS = ("filepath", "image", "path", "image_path", "img_path", "filenam
 CAPTION_COLUMNS = ("title", "caption", "text", "captions", "sentence", "description", "comment")
 DELIMITERS = (",", "\t", ";")
 MAX_FIELD = 2**20
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass
@@ -54,16 +56,13 @@ def read_table(name: str, path: Path) -> Table:
     issues: list[Issue] = []
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            image, caption, rows = _columns(file, path)
-            try:
-                for fields in rows:
-                    if fields:
-                        where = fields[image].strip() if image < len(fields) else ""
-                        entry = entries.setdefault(where, Entry(where))
-                        entry.captions += [fields[caption]] if caption < len(fields) else []
-            except csv.Error as error:
-                after = f'after {len(entries):,} images: is there a " without its partner?'
-                issues.append(Issue(name, "", "source_cut", f"{error}, {after}"))
+            columns = _columns(file, path)
+            rows = _Rows(file, columns)
+            for fields in rows:
+                where = fields[columns.image].strip() if columns.image < len(fields) else ""
+                entry = entries.setdefault(where, Entry(where))
+                entry.captions += [fields[columns.caption]] if columns.caption < len(fields) else []
+            issues += [Issue(name, key, "quote_unpaired", reason) for key, reason in rows.problems]
         with open(path, "rb") as binary:
             digest = hashlib.file_digest(binary, "sha256").hexdigest()
         stat = path.stat()
@@ -75,9 +74,18 @@ def read_table(name: str, path: Path) -> Table:
     return Table(source, list(entries.values()), issues)
 
 
-def _columns(file: Iterator[str], path: Path) -> tuple[int, int, Iterator[list[str]]]:
-    """(image column, caption column, the rows) by the first delimiter that makes known columns of the header."""
-    csv.field_size_limit(MAX_FIELD)
+@dataclass(frozen=True)
+class Columns:
+    """Where a table has its image and its caption, how many columns there are, and what stands between them."""
+
+    image: int
+    caption: int
+    count: int
+    delimiter: str
+
+
+def _columns(file: Iterator[str], path: Path) -> Columns:
+    """By the first delimiter that makes known columns of the header."""
     header = next(file, "")
     order = sorted(DELIMITERS, key=lambda d: -header.count(d)) if path.suffix.lower() != ".tsv" else ["\t"]
     for delimiter in order:
@@ -85,13 +93,88 @@ def _columns(file: Iterator[str], path: Path) -> tuple[int, int, Iterator[list[s
         image = next((names.index(n) for n in IMAGE_COLUMNS if n in names), None)
         caption = next((names.index(n) for n in CAPTION_COLUMNS if n in names), None)
         if image is not None and caption is not None:
-            return image, caption, csv.reader(file, delimiter=delimiter)
+            return Columns(image, caption, len(names), delimiter)
     raise PipeError(
         f"this table's header names no image or no caption column: {header.strip()[:120]!r}",
         where=path,
         fix=f"call them {IMAGE_COLUMNS[0]} and {CAPTION_COLUMNS[0]} (or {', '.join(IMAGE_COLUMNS[1:4])}; "
         f"{', '.join(CAPTION_COLUMNS[1:4])})",
     )
+
+
+class _Rows:
+    """The rows below a header.
+
+    A quotation mark without its partner makes a CSV parser take everything up to the next mark for one caption. Such a
+    line is taken as it stands, marks included, and reading goes on at the next; `problems` names it.
+
+    Attributes:
+        problems: (path of the image, what was wrong), for each such line.
+    """
+
+    def __init__(self, lines: Iterable[str], columns: Columns) -> None:
+        self.columns = columns
+        self.problems: list[tuple[str, str]] = []
+        self._lines, self._again = iter(lines), deque[str]()
+        self._taken: list[str] = []  # physical lines of the row being read
+        self._number = 1  # of the last line whose row is finished; the header is line 1
+
+    def __iter__(self) -> Iterator[list[str]]:
+        csv.field_size_limit(MAX_FIELD)
+        rows = self._reader()
+        while True:
+            try:
+                fields = next(rows, None)
+                broken = "it swallows other rows" if fields and self._swallowed() else ""
+            except csv.Error as error:
+                fields, broken = [], str(error)
+            if fields is None:
+                return
+            if broken:
+                fields = self._first_alone(broken)
+                rows = self._reader()
+            self._number += len(self._taken)
+            self._taken = []
+            if fields:
+                yield fields
+
+    def _reader(self) -> Iterator[list[str]]:
+        return csv.reader(self._feed(), delimiter=self.columns.delimiter, strict=True)
+
+    def _feed(self) -> Iterator[str]:
+        while True:
+            line = self._again.popleft() if self._again else next(self._lines, None)
+            if line is None:
+                return
+            self._taken.append(line)
+            yield line
+
+    def _swallowed(self) -> bool:
+        """Whether a later line of this row is a row by itself: as many columns, and an image's name in its place."""
+        for line in self._taken[1:]:
+            fields = self._literal(line)
+            if len(fields) == self.columns.count and fields[self.columns.image].strip().lower().endswith(
+                IMAGE_SUFFIXES
+            ):
+                return True
+        return False
+
+    def _first_alone(self, problem: str) -> list[str]:
+        """The row's first line, literally; the others are read again."""
+        self._again.extendleft(reversed(self._taken[1:]))
+        del self._taken[1:]
+        fields = self._literal(self._taken[0])
+        key = valid_utf8(fields[self.columns.image].strip()) if self.columns.image < len(fields) else ""
+        where = f'line {self._number + 1:,}: a " without its partner ({problem}); taken as it stands'
+        self.problems.append((key, where))
+        return fields
+
+    def _literal(self, line: str) -> list[str]:
+        fields = line.rstrip("\r\n").split(self.columns.delimiter)
+        last = self.columns.count - 1
+        if self.columns.caption == last and len(fields) > last:  # what follows can only be more of the caption
+            fields[last:] = [self.columns.delimiter.join(fields[last:])]
+        return fields
 
 
 def scan_entries(entries: Sequence[Entry], folder: Path) -> pa.Table:

@@ -2,7 +2,8 @@
 
     w_c = normalise( mean over templates of normalise(text("a photo of a {c}.")) ),   class = argmax_c ⟨image, w_c⟩
 
-Ties are broken by class number, as an argmax does, so constant embeddings score what class 0 holds of the test set.
+Ties (scores within `TIE`: float32 products of equal vectors differ in their last bits) are broken by class number, so
+constant embeddings score what class 0 holds of the test set.
 Legend: n images, C classes, P templates, D width.
 """
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.evaluation.paired import mean_of, mean_of_groups, measure
 from pipeline.evaluation.records import Measurement, Statistic
+from pipeline.evaluation.retrieval import TIE
 
 TOP = (1, 3, 5)
 BLOCK_SCORES = 8_000_000
@@ -53,7 +55,7 @@ def rank_of_label(images: Floats, weights: Floats, labels: Ints) -> Ints:
         scores = images[start : start + step] @ weights.T  # (b, C)
         label = labels[start : start + step, None]
         own = np.take_along_axis(scores, label, axis=1)
-        before = (scores > own) | ((scores == own) & (number < label))
+        before = (scores > own + TIE) | ((scores >= own - TIE) & (number < label))
         ranks[start : start + step] = 1 + before.sum(axis=1)
     return ranks
 

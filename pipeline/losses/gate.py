@@ -7,10 +7,10 @@ texts of row i and q_ij the softmax over images of column j,
     ∇_{z_i} L = (s / 2N) · [ Σ_j (p_ij + q_ij) t_j − 2 t_i ]
     ∇_{t_j} L = (s / 2N) · [ Σ_i (p_ij + q_ij) z_i − 2 z_j ]
 
-The L1 penalty on g is the paper's (arXiv 2605.06592); that it counts in proportion to |γ|, and the conflict loss, are our
-reading. γ starts at 0, where neither InfoNCE nor the conflict reaches the gate: a bare L1 would be its only gradient, and
-Adam, which divides a gradient by its size, closes the gate at full speed whatever the penalty's weight (seen: from 0.5 to
-0.00 in 100 steps, docs/journal.md). Times |γ| all three vanish together and keep their proportions.
+The L1 penalty on g is the paper's (arXiv 2605.06592); that it counts in proportion to |γ|, and the conflict loss, are
+our reading. γ starts at 0, where neither InfoNCE nor the conflict reaches the gate: a bare L1 would be its only
+gradient, and Adam, which divides a gradient by its size, closes the gate at full speed whatever the penalty's weight
+(seen: from 0.5 to 0.00 in 100 steps, docs/journal.md). Times |γ| all three vanish together and keep their proportions.
 
 Legend: B own pairs, N gathered pairs, D width.
 """

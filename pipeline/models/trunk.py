@@ -61,7 +61,10 @@ class Trunk(nn.Module):
         return _AtMost.apply(self.logit_scale, math.log(MAX_SCALE)).exp()
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """z: images (B, 3, H, W) normalised → (B, D) unit-norm, to the bit open_clip's encode_image(normalize=True)."""
+        """z: images (B, 3, H, W) normalised → (B, D) unit-norm.
+
+        In float32 to the bit open_clip's encode_image(normalize=True); under autocast open_clip normalises in bfloat16.
+        """
         return normalise(self.clip.visual(images))  # type: ignore[operator]
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:

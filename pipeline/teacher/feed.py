@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import log
-from pipeline.data.samples import SampleError, SampleReader
+from pipeline.data.samples import SampleError, SampleReader, SampleUnavailable
 from pipeline.data.views import View
 from pipeline.errors import PipeError
 from pipeline.teacher.teacher import Teacher
@@ -98,9 +98,19 @@ class Feed:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _pixels(self, row: int) -> np.ndarray | None:
-        """(S, S, 3) uint8, or None where the image cannot be decoded."""
+        """(S, S, 3) uint8, or None where the image cannot be decoded.
+
+        Raises:
+            PipeError: an image that was indexed cannot be read. To pass over it would mark it undecodable for good.
+        """
         try:
             return np.asarray(self.view(self.reader.image(row)))
+        except SampleUnavailable as error:
+            raise PipeError(
+                str(error),
+                where=f"{self.reader.manifest.root}",
+                fix="put it back and run the same command, or move the manifest away and run: pipe index",
+            ) from error
         except SampleError as error:
             if row not in self.failed:
                 self.failed[row] = str(error)

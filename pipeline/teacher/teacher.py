@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.cache.layout import GLOBAL, ScaleSpec
 from pipeline.errors import PipeError
 from pipeline.teacher.features import Backbone, allowed_grids, area_pool, resolve_layer
-from pipeline.teacher.weights import create_model, weights_sha256
+from pipeline.teacher.weights import create_model, weights_origin, weights_sha256
 
 
 def load_teacher(
@@ -56,6 +56,7 @@ def load_teacher(
     return Teacher(
         model,
         name=name,
+        origin=weights_origin(path, random_weights=random_weights),
         model_args=arguments,
         image_size=image_size,
         scales=scales,
@@ -81,6 +82,7 @@ class Teacher(nn.Module):
         native_grids: scale → G.
         global_width: C of `global`: CLS after the final norm; where there is none, the mean of the tokens of the
             deepest layer listed, at native grid.
+        origin: where the weights come from; see `weights_origin`.
         weights_sha256: hash of all weights.
     """
 
@@ -89,6 +91,7 @@ class Teacher(nn.Module):
         model: nn.Module,
         *,
         name: str,
+        origin: Mapping[str, str],
         model_args: Mapping[str, Any],
         image_size: int,
         scales: Sequence[ScaleSpec],
@@ -97,6 +100,7 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.model_args, self.image_size = name, dict(model_args), image_size
+        self.origin = dict(origin)
         self.mean, self.std = mean, std
         self.weights_sha256 = weights_sha256(model)
         self.backbone = Backbone(model)
@@ -171,12 +175,14 @@ class Teacher(nn.Module):
         count = self.backbone.layers
         return {
             "name": self.name,
+            "weights": self.origin,
             "weights_sha256": self.weights_sha256,
             "model_args": self.model_args,
             "image_size": self.image_size,
             "mean": list(self.mean),
             "std": list(self.std),
             "norm": self.backbone.norm_name,
+            "layers": count,
             "global": "cls" if self.backbone.has_cls else "mean",
             "scales": [
                 {

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.console import log
 from pipeline.errors import PipeError
+from pipeline.run_folder import sha256_file
 
 LISTED = 3  # keys an error names
 WRAPPERS = ("state_dict", "model")  # under which training scripts keep the weights in a .pth file
@@ -153,6 +154,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise PipeError("this file holds no state dict", where=path, fix="save model.state_dict()")
     return state
+
+
+def weights_origin(checkpoint: Path | None, *, random_weights: bool) -> dict[str, str]:
+    """What a configuration says of the weights, so that it can be compared with a cache where they are not at hand.
+
+    `origin` is random, checkpoint (then `file_sha256` is the file's hash) or pretrained (timm's, by name).
+    """
+    if checkpoint is not None:
+        return {"origin": "checkpoint", "file_sha256": sha256_file(checkpoint)}
+    return {"origin": "random" if random_weights else "pretrained"}
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -52,8 +52,9 @@ class Training:
     folder: RunFolder
     config: dict[str, Any]
     step: int = 0
-    samples: int = 0
+    samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
+    unread: int = 0  # images of this process since `samples` was last settled
 
     @property
     def bare(self) -> nn.Module:
@@ -115,14 +116,20 @@ class Training:
 
     def _after_step(self, batch: Batch, logs: dict[str, Tensor], tracker: Tracker, bar: Progress) -> None:
         for row, reason in batch.failed:
-            self.samples -= 1
+            self.unread += 1
             log.warning("skipped row %d: %s", row, reason)
         if self._logs_at(self.step):
             values = {f"train/{key}": float(value) for key, value in logs.items()}
             bar.note(f"loss {values['train/loss']:.3f}")
             self._write(tracker, values)
 
+    def _settle(self) -> None:
+        """Take the images that no process could read out of `samples`; every process calls it at the same steps."""
+        self.samples -= self._over_processes(self.unread)
+        self.unread = 0
+
     def _write(self, tracker: Tracker, values: dict[str, float]) -> None:
+        self._settle()
         epoch = self.step / self.settings.steps_per_epoch
         tracker.write(step=self.step, samples=self.samples, epoch=epoch, seconds=self.seconds, values=values)
 
@@ -145,13 +152,18 @@ class Training:
 
     def _any_process(self, flag: bool) -> bool:
         """Whether any process was asked to stop: all must save together."""
+        return self._over_processes(int(flag)) > 0
+
+    def _over_processes(self, count: int) -> int:
+        """The sum of every process's `count`."""
         if self.accelerator.num_processes == 1:
-            return flag
-        asked = torch.tensor([float(flag)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, reduction="sum").item() > 0)
+            return count
+        own = torch.tensor([count], device=self.accelerator.device)
+        return int(self.accelerator.reduce(own, reduction="sum").item())
 
     def save(self) -> None:
         """Checkpoint from the main process; the others wait."""
+        self._settle()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             state = State(self.step, self.samples, self.seconds, self.accelerator.num_processes, scaler, self.config)

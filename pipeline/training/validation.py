@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.distributed import gather_with_grad
 from pipeline.training.data import Batch
 from pipeline.training.sampler import Step
 
@@ -28,43 +29,61 @@ def validation_steps(rows: np.ndarray, *, batch_size: int, rank: int = 0, world_
 
 @torch.no_grad()
 def validate(
-    objective: nn.Module, model: nn.Module, batches: Iterable[Batch], device: torch.device
+    objective: nn.Module,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    *,
+    image_numbers: Mapping[int, int],
 ) -> dict[str, float]:
-    """Means of the objective's logs over the batches, and recall at 1 among all validation rows of this process.
+    """Means of the objective's logs over the batches, and recall at 1 among all rows that all processes read.
 
     Args:
         objective: the (wrapped) training objective.
         model: the dual encoder in it; encode_image, encode_text.
+        image_numbers: of each row; see `number_images`.
     """
     was_training = objective.training
     objective.eval()
     sums: dict[str, list[float]] = defaultdict(list)
-    image_features, text_features = [], []
+    features, numbers = [], []
     try:
         for batch in batches:
+            numbers.append(torch.tensor([image_numbers[row] for row in batch.rows.tolist()], device=device))
             batch = batch.to(device)
             _, logs = objective(batch.images, batch.tokens, batch.targets, 1.0)
             for key, value in logs.items():
                 sums[key].append(float(value))
-            image_features.append(model.encode_image(batch.images).float())  # type: ignore[operator]
-            text_features.append(model.encode_text(batch.tokens).float())  # type: ignore[operator]
+            pair = [model.encode_image(batch.images), model.encode_text(batch.tokens)]  # type: ignore[operator]
+            features.append(torch.stack([x.float() for x in pair], 1))
     finally:
         objective.train(was_training)
     means = {key: float(np.mean(values)) for key, values in sums.items()}
-    if image_features:
-        means |= recall_at_1(torch.cat(image_features), torch.cat(text_features))
+    if features:
+        images, texts = gather_with_grad(torch.cat(features)).unbind(1)
+        means |= recall_at_1(images, texts, gather_with_grad(torch.cat(numbers)))
     return means
 
 
-def recall_at_1(image_features: Tensor, text_features: Tensor) -> dict[str, float]:
-    """Share of rows whose own partner scores above all others, both directions. (n, D) unit-norm each.
+def number_images(rows: np.ndarray, hashes: Sequence[str]) -> dict[int, int]:
+    """row → a number that rows of one image share; hashes: their images' SHA-256, beside `rows`."""
+    numbers: dict[str, int] = {}
+    return {int(row): numbers.setdefault(of, len(numbers)) for row, of in zip(rows, hashes, strict=True)}
 
-    A tie with another row's partner is a miss, so a collapsed model scores 0.
+
+def recall_at_1(image_features: Tensor, text_features: Tensor, image_numbers: Tensor) -> dict[str, float]:
+    """Share of rows whose own partner scores above those of all other images, both directions.
+
+    Rows of one image (a table of one row a caption) are no rivals. A tie with another image's partner is a miss, so a
+    collapsed model scores 0.
+
+    Args:
+        image_features, text_features: (n, D), unit-norm. image_numbers: (n,), equal for rows of one image.
     """
     similarity = image_features @ text_features.T
     own = similarity.diagonal()
-    others = similarity.clone().fill_diagonal_(-torch.inf)
+    rivals = similarity.masked_fill(image_numbers[:, None] == image_numbers, -torch.inf)
     return {
-        "i2t_r1": float((own > others.amax(1)).float().mean()),
-        "t2i_r1": float((own > others.amax(0)).float().mean()),
+        "i2t_r1": float((own > rivals.amax(1)).float().mean()),
+        "t2i_r1": float((own > rivals.amax(0)).float().mean()),
     }

@@ -96,13 +96,45 @@ def test_dirty_lines_are_rows_with_a_reason(index, tmp_path):
     assert "img2dataset" in reasons[3]
 
 
-def test_an_open_quote_loses_the_rest_but_says_so(tmp_path):
-    body = "".join(f"{n}.png,caption {n}\n" for n in range(60_000))
-    (tmp_path / "t.csv").write_text(f'image,caption\na.png,fine\nb.png,"open\n{body}')
-    table = read_table("t.csv", tmp_path / "t.csv")
-    assert [entry.path for entry in table.entries] == ["a.png"]
-    assert table.issues[0].status == "source_cut"
-    assert "without its partner" in table.issues[0].reason
+def read_text(tmp_path, text: str, name: str = "t.csv"):
+    (tmp_path / name).write_text(text)
+    return read_table(name, tmp_path / name)
+
+
+def test_an_open_quote_loses_no_other_row(tmp_path):
+    body = "".join(f"{n}.png,caption {n}\n" for n in range(60_000))  # more than one field may hold
+    table = read_text(tmp_path, f'image,caption\na.png,fine\nb.png,"open, wide\n{body}')
+    assert len(table.entries) == 60_002
+    assert table.entries[1].captions == ['"open, wide']
+    assert table.entries[2].captions == ["caption 0"]
+    assert table.entries[-1].captions == ["caption 59999"]
+    assert [(i.key, i.status) for i in table.issues] == [("b.png", "quote_unpaired")]
+    assert table.issues[0].reason.startswith('line 3: a " without its partner')
+
+
+@pytest.mark.parametrize(
+    ("line", "caption"),
+    [('a.png,"a 5 inch screen', '"a 5 inch screen'), ('a.png,"so" he said', '"so" he said')],
+)
+def test_a_quote_is_not_paired_with_one_of_another_row(tmp_path, line, caption):
+    """Lenient parsers swallow the rows between two such marks; the last row ends in one."""
+    table = read_text(
+        tmp_path, f'image,caption\n0.png,zero\n{line}\nb.png,plain\nc.png,"quoted, well"\nd.png,12 inch"\n'
+    )
+    assert {e.path: e.captions for e in table.entries} == {
+        "0.png": ["zero"],
+        "a.png": [caption],
+        "b.png": ["plain"],
+        "c.png": ["quoted, well"],
+        "d.png": ['12 inch"'],
+    }
+    assert [i.key for i in table.issues] == ["a.png"]
+
+
+def test_two_open_quotes_in_a_row_of_rows_are_both_named(tmp_path):
+    table = read_text(tmp_path, 'image,caption\na.png,"x\nb.png,y"\nc.png,"z\nd.png,w\n')
+    assert [e.path for e in table.entries] == ["a.png", "b.png", "c.png", "d.png"]
+    assert [i.reason.split(":")[0] for i in table.issues] == ["line 2", "line 4"]
 
 
 def test_a_header_without_known_columns_names_what_is_expected(index):

@@ -69,6 +69,49 @@ def test_loss_is_the_sum_of_its_weighted_terms(order: int, progress: float) -> N
     assert ("cross" in logs) == (order > 0)
 
 
+def test_gradients_are_those_of_the_weighted_sum() -> None:
+    """Of the lists above all: candidates' embeddings carry gradient into the transitions."""
+    weights = ONLY_LISTS | {"cross": 0.4, "in_modal": 0.9}
+    tested, images, tokens = objective(3, **weights), *batch(6)[:2]
+    loss, _ = tested(images, tokens, batch(6)[2], 1.0)
+    out = tested.model(images, tokens)
+    maps = dict(tested.transitions.items())
+    expected = info_nce(Pairs.alone(out.v, out.w, out.logit_scale)).mean()
+    for group, weight in (("cross", 0.4), ("in_modal", 0.9)):
+        of_group = ranking_loss(out.v, out.w, out.logit_scale, maps, group=group, transition_depth=3)
+        expected = expected + weight * of_group
+    names, parameters = zip(*tested.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for name, ours, theirs in zip(
+        names, found, torch.autograd.grad(expected, parameters, allow_unused=True), strict=True
+    ):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, msg=name)
+
+
+def test_conflict_is_taken_at_the_trunk_side_by_side() -> None:
+    tested = objective(0, **(ONLY_LISTS | {"conflict": 2.0}))
+    images, tokens, stored = batch(6)
+    loss, logs = tested(images, tokens, stored, 1.0)
+    out = tested.model(images, tokens)
+    z, t = out.z.detach().requires_grad_(), out.t.detach().requires_grad_()
+    trunk = info_nce(Pairs.alone(z, t, out.logit_scale.detach())).mean()
+    expected = []
+    for side, base, gradient in zip((out.image, out.text), (z, t), torch.autograd.grad(trunk, (z, t)), strict=True):
+        tangent = gradient - (gradient * base).sum(1, keepdim=True) * base
+        direction = tangent / tangent.norm(dim=1, keepdim=True)
+        expected.append((side.gamma * (direction * side.gate * side.delta).sum(1)).relu().mean())
+    assert min(expected) > 0
+    assert float(logs["conflict"]) == pytest.approx(float(sum(expected).detach()) / 2, rel=1e-9)
+    of_outputs = info_nce(Pairs.alone(out.v, out.w, out.logit_scale)).mean()
+    assert float((loss - of_outputs).detach()) == pytest.approx(
+        float(sum(expected).detach()), rel=1e-9
+    )  # 2.0 · their mean
+
+
+def test_each_group_of_lists_has_a_weight_of_its_own() -> None:
+    assert objective(1, cross=0.4, in_modal=0.9).weights(1.0) == (0.4, 0.9)
+
+
 @pytest.mark.parametrize("order", [0, 1, 3])
 @pytest.mark.parametrize("weights", [{}, ONLY_LISTS, {"cross": 0.0, "in_modal": 0.0}], ids=["all", "lists", "no-lists"])
 @pytest.mark.parametrize("progress", [0.0, 1.0])

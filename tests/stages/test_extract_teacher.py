@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.cache.reader import open_cache
 from pipeline.config import load_config
@@ -50,3 +52,26 @@ def test_it_says_what_is_in_the_cache_and_goes_on_where_a_limit_ended(
     assert f"{fidelity:.4f}" in said
     extract_teacher.run(config)
     assert "this run" not in capsys.readouterr().out  # nothing was left to do
+
+
+def test_a_file_that_is_away_is_not_an_image_that_cannot_be_decoded(tmp_path: Path):
+    """It stops the extraction, names the file, and counts once it is back; a broken image is state 2 for good."""
+    config = load_config(
+        config_file(tmp_path), sets=[f"data.source={tmp_path}/table.csv", "teacher.calibration_rows=8"]
+    )
+    lines = ["filepath,title"]
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,picture {number}")
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    index.run(config)
+    (tmp_path / "9.png").rename(tmp_path / "away.png")
+    with pytest.raises(PipeError, match=r"cannot read 9\.png.*put it back and run the same command"):
+        extract_teacher.run(config)
+    (tmp_path / "away.png").rename(tmp_path / "9.png")
+    (tmp_path / "11.png").write_bytes(bytes((tmp_path / "11.png").stat().st_size))
+    extract_teacher.run(config)
+    state = open_cache(config.workspace / "teacher.zarr").state()
+    assert (state[9], state[11]) == (1, 2)
+    assert (state == 1).sum() == 39

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,14 +20,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline.cache.reader import open_cache
 from pipeline.config import load_config
 from pipeline.console import log
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import Workspace, read_json
 from pipeline.training.tracking import read_metrics
-from stages import train
+from stages import train, train_setup
 from stages.train import default_name
 
+OTHER_LAYER = "teacher.scales=[{name: fine, layer: 0, grid: 4}, {name: mid, layer: 1, grid: 2}]"
 FUSIONS = ["full", "no-pyramid", "no-attention", "no-refiner", "image-only", "no-gate", "no-distill", "shuffled-cache"]
 
 
@@ -198,11 +201,42 @@ def test_a_cache_of_other_images_is_refused(folder):
         ("teacher.image_size=64", "image_size"),
         ("teacher.name=vit_tiny_patch16_224", "name"),
         ("teacher.scales=[{name: fine, layer: -1, grid: 2}]", "scales"),
+        (OTHER_LAYER, r"scales.*layer"),
+        ("teacher.model_args.depth=2", r"model_args\.depth"),
+        ("teacher.mean=[0.4,0.4,0.4]", "mean"),
+        ("teacher.std=[0.4,0.4,0.4]", "std"),
+        ("teacher.random_weights=false", r"weights\.origin"),
+        ("teacher.pca=7", r"settings\.pca"),
+        ("teacher.dtype=float16", r"settings\.dtype"),
+        ("teacher.seed=5", r"settings\.seed"),
+        ("teacher.calibration_rows=9", r"settings\.calibration_rows"),
     ],
 )
 def test_a_cache_of_another_teacher_is_refused_with_the_field(folder, setting, field):
     with pytest.raises(PipeError, match=f"does not match: .*{field}"):
         run(folder, sets=[setting])
+    assert not (folder / "workspace" / "runs").exists() or not any((folder / "workspace" / "runs").iterdir())
+
+
+def test_a_scale_counted_from_the_end_is_the_one_the_cache_counts_from_the_start(folder):
+    config = load_config(folder / "pipe.yaml")
+    cache = open_cache(Workspace(config.workspace).teacher)
+    scales = [f"{{name: {s.name}, layer: {s.layer}, grid: {s.grid}}}" for s in cache.scales]
+    assert any(scale.layer < 0 for scale in config.teacher.scales)
+    run(folder, sets=[f"teacher.scales=[{', '.join(scales)}]"])
+
+
+def test_the_teachers_weights_are_compared_where_their_file_is_at_hand(folder, tmp_path, monkeypatch):
+    (tmp_path / "other.safetensors").write_bytes(b"other weights")
+    asked = load_config(folder / "pipe.yaml", sets=["teacher.random_weights=false"])
+    asked.teacher.checkpoint = tmp_path / "other.safetensors"
+    found = train_setup.asked_teacher(asked, 4)["weights"]
+    assert found == {"origin": "checkpoint", "file_sha256": hashlib.sha256(b"other weights").hexdigest()}
+    said: list[str] = []
+    monkeypatch.setattr(train_setup.log, "info", lambda text, *values: said.append(text % values))
+    asked.teacher.checkpoint = tmp_path / "absent.safetensors"
+    assert train_setup.asked_teacher(asked, 4)["weights"] == {"origin": "checkpoint"}
+    assert "not on this machine" in said[0]
 
 
 def test_absent_rows_are_refused_unless_the_config_allows_them(folder):
@@ -250,6 +284,16 @@ def test_a_loss_that_is_not_finite_stops_with_rows_and_checkpoint(folder, monkey
         run(folder)
 
 
+def spoil(folder, manifest, rows):
+    """Make images undecodable where they lie."""
+    for row in rows:
+        record = manifest.record(row)
+        tar = folder / "tars" / record.source
+        data = bytearray(tar.read_bytes())
+        data[record.image_offset : record.image_offset + 60] = bytes(60)
+        tar.write_bytes(data)
+
+
 def test_an_image_that_went_bad_after_indexing_is_skipped_and_named(folder):
     from pipeline.data.manifest import read_manifest
     from stages import index
@@ -257,12 +301,7 @@ def test_an_image_that_went_bad_after_indexing_is_skipped_and_named(folder):
     index.run(load_config(folder / "pipe.yaml"))  # the copied manifest still points at the originals
     manifest = read_manifest(folder / "workspace" / "manifest.parquet")
     bad = [int(row) for row in manifest.rows("train")[:8]]  # more than an epoch's uneven rest
-    for row in bad:
-        record = manifest.record(row)
-        tar = folder / "tars" / record.source
-        data = bytearray(tar.read_bytes())
-        data[record.image_offset : record.image_offset + 60] = bytes(60)
-        tar.write_bytes(data)
+    spoil(folder, manifest, bad)
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -291,13 +330,42 @@ def test_default_names_tell_runs_apart(tmp_path, flags, sets, name):
 
 
 def test_two_processes_train_like_one(folder):
-    """Two CPU processes under a launcher: the same batches and, up to rounding, the same loss curve."""
-    one = run(folder, name="one")
+    """Two CPU processes under a launcher: the same batches and, up to rounding, the same losses, validation, counts."""
+    from pipeline.data.manifest import read_manifest
+    from stages import index
+
+    sets = ["data.val_fraction=0.4", "train.max_steps=4", "train.validate_every=4"]
+    (folder / "workspace" / "manifest.parquet").unlink()
+    index.run(load_config(folder / "pipe.yaml", sets=sets))
+    manifest = read_manifest(folder / "workspace" / "manifest.parquet")
+    spoil(folder, manifest, manifest.rows("train")[:3])  # fewer than one process reads of a batch
+    one = run(folder, name="one", sets=sets)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "stages.cli", "train", "--name", "two"]
+    launch += ["-m", "stages.cli", "train", "--name", "two", *(x for each in sets for x in ("--set", each))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     two = Workspace(folder / "workspace").run("two")
     assert json.loads(two.record.read_text())["world_size"] == 2
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    val = [[line for line in read_metrics(of.metrics) if "val/loss" in line][-1] for of in (one, two)]
+    for key in ("val/loss", "val/i2t_r1", "val/t2i_r1", "val/gram/fine", "val/rkd/global"):
+        assert val[1][key] == pytest.approx(val[0][key], rel=1e-3), key
+    assert val[1]["samples"] == val[0]["samples"] < 32
+    assert read_json(two.record)["samples_seen"] == read_json(one.record)["samples_seen"]
+
+
+def test_the_shuffled_cache_is_another_target(folder):
+    """Same model, same batches: only the distillation differs."""
+    whole, shuffled = (run(folder, name=f, **{"model.fusion": f}) for f in ("full", "shuffled-cache"))
+    first = [next(line for line in read_metrics(of.metrics) if "train/loss" in line) for of in (whole, shuffled)]
+    assert first[0]["train/info_nce"] == first[1]["train/info_nce"]
+    assert first[0]["train/gram/fine"] != first[1]["train/gram/fine"]
+
+
+def test_gamma_and_beta_learn_at_ten_times_the_rate(folder):
+    """AdamW's first update is the rate, whatever the gradient."""
+    done = run(folder, sets=["train.max_steps=1", "train.lr=1e-4", "loss.ramp=0"])
+    values = load_file(done.weights)
+    gammas = [abs(float(values[f"fusion.{side}.gamma"])) for side in ("image", "text")]
+    assert gammas == pytest.approx([1e-3, 1e-3], rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import subprocess
 import sys
@@ -382,6 +383,14 @@ def test_a_cache_of_something_else_is_refused_naming_the_field(
     refused(r"settings\.seed", settings=replace(SETTINGS, seed=3))
     refused(r"settings\.precision", settings=replace(SETTINGS, precision="bfloat16"))
     refused("manifest_fingerprint", of=make_manifest(22, first=100))
+
+
+def test_the_same_weights_from_another_place_go_on(make_manifest: MakeManifest, vit: Teacher, tmp_path: Path):
+    manifest, out = make_manifest(22), tmp_path / "t.zarr"
+    extract(manifest, vit, out, SETTINGS, limit=10)
+    again = copy.deepcopy(vit)
+    again.origin = {"origin": "pretrained"}
+    assert (extract(manifest, again, out, SETTINGS).cache.state() == 1).all()
 
 
 def test_a_resumed_extraction_keeps_the_precision_it_began_in(

@@ -1,0 +1,88 @@
+"""Validation: recall against a brute force, and what the objective is asked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.data import Batch
+from pipeline.training.validation import number_images, recall_at_1, validate, validation_steps
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_recall_counts_rows_whose_partner_is_above_all_rivals() -> None:
+    images, texts, numbers = unit(9, 4), unit(9, 4, seed=1), torch.tensor([0, 1, 2, 2, 3, 4, 4, 4, 5])
+    scores = (images @ texts.T).double().numpy()
+    hits = {"i2t_r1": 0, "t2i_r1": 0}
+    for i in range(9):
+        rivals = [j for j in range(9) if numbers[j] != numbers[i]]
+        hits["i2t_r1"] += all(scores[i, i] > scores[i, j] for j in rivals)
+        hits["t2i_r1"] += all(scores[i, i] > scores[j, i] for j in rivals)
+    assert sum(hits.values()) > 0
+    assert recall_at_1(images, texts, numbers) == pytest.approx({key: n / 9 for key, n in hits.items()})
+
+
+def test_a_perfect_model_scores_one_where_rows_repeat_their_image() -> None:
+    """A table of one row a caption; the collapsed model beside it scores nothing."""
+    images = unit(10, 8).repeat_interleave(5, 0)
+    texts = nn.functional.normalize(images + 0.01 * unit(50, 8, seed=1), dim=1)
+    hashes = [f"{n:064x}" for n in range(10) for _ in range(5)]
+    numbers = torch.tensor(list(number_images(np.arange(100, 150), hashes).values()))
+    assert recall_at_1(images, texts, numbers) == {"i2t_r1": 1.0, "t2i_r1": 1.0}
+    same = torch.ones(50, 8) / 8**0.5
+    assert recall_at_1(same, same, numbers) == {"i2t_r1": 0.0, "t2i_r1": 0.0}
+
+
+def test_images_are_numbered_by_content() -> None:
+    assert number_images(np.array([7, 3, 9]), ["b", "a", "b"]) == {7: 0, 3: 1, 9: 0}
+
+
+class Recorder(nn.Module):
+    """Notes how it is called, in place of the objective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[float, bool]] = []
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, targets: Any, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self.calls.append((progress, self.training))
+        return torch.tensor(0.0), {"loss": images.mean()}
+
+
+def read(rows: list[int], value: float) -> Batch:
+    images = torch.full((len(rows), 3, 2, 2), value)
+    return Batch(0, 0, torch.tensor(rows), images, torch.zeros(len(rows), 4, dtype=torch.int64), None, [])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_objective_is_asked_at_full_weights_in_evaluation_mode_and_left_as_it_was(training: bool) -> None:
+    objective = Recorder().train(training)
+    model = SimpleNamespace(encode_image=lambda x: unit(len(x), 4), encode_text=lambda x: unit(len(x), 4))
+    found = validate(
+        objective,
+        model,  # type: ignore[arg-type]
+        [read([4, 5], 1.0), read([6, 7], 2.0)],
+        torch.device("cpu"),
+        image_numbers={4: 0, 5: 1, 6: 2, 7: 3},
+    )
+    assert objective.calls == [(1.0, False)] * 2
+    assert objective.training is training
+    assert found["loss"] == pytest.approx(1.5)
+    assert found["i2t_r1"] == 0.0  # both batches hold the same vectors: every partner ties with a rival
+
+
+def test_every_process_reads_as_many_rows_of_every_batch() -> None:
+    rows = np.arange(11)
+    shares = [list(validation_steps(rows, batch_size=4, rank=r, world_size=2)) for r in range(2)]
+    assert [len(step.rows) for share in shares for step in share] == [2] * 4
+    assert sorted(int(row) for share in shares for step in share for row in step.rows) == list(range(8))
