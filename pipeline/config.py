@@ -57,10 +57,22 @@ def shipped(kind: str, name: str) -> dict[str, Any]:
     return read_yaml(folder / f"{name}.yaml")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, refusing a key that comes twice, of which it would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; anything else is one clear line."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError as error:
         raise PipeError("there is no such config file", where=path, fix="write one: pipe init --data SOURCE") from error
     except IsADirectoryError as error:
@@ -101,8 +113,16 @@ def load_config(
         key, value = parse_set(item)
         put(explicit, key, value)
     explicit = _absolute_paths(explicit, Path.cwd())
+    if any(not isinstance(chosen.get(name) or {}, dict) for name in sections()):
+        return validate(chosen, where=path)  # refuses them, before method and fusion are laid over such a section
     chosen = _apply_named_files(chosen, explicit)
     return validate(merge(chosen, explicit, whole=False), where=path)
+
+
+def sections() -> list[str]:
+    """The keys of a configuration that are mappings of keys: data, teacher, model, train, loss, evaluate."""
+    kinds = {name: field.annotation for name, field in Config.model_fields.items()}
+    return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _apply_named_files(chosen: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import __version__
+from pipeline.console import log
 from pipeline.errors import PipeError
 
 REFERENCE_ROWS = ("chance", "teacher")  # the result tables' own rows; pipeline.evaluation.records names them
@@ -53,7 +54,17 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.weights.exists() and self.record.exists() and bool(read_json(self.record).get("finished"))
+        if not (self.weights.exists() and self.record.exists()):
+            return False
+        try:
+            record = read_json(self.record)
+        except PipeError as error:
+            log.warning("run %s is left out: %s", self.name, error)
+            return False
+        if not isinstance(record, dict):
+            log.warning("run %s is left out: its record.json holds no record", self.name)
+            return False
+        return bool(record.get("finished"))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pipeline.evaluation.subjects import run_subject, teacher_subject
 from pipeline.evaluation.suite import Results, Subject, run_entry, run_suite
 from pipeline.report.page import write_report
 from pipeline.report.tables import tables
-from pipeline.run_folder import RunFolder, Workspace, code_version
+from pipeline.run_folder import RunFolder, Workspace, code_version, read_json
 
 VALIDATION = "validation"
 
@@ -44,6 +44,7 @@ def run(
         run_subject(folder, store=workspace.embeddings, batch_size=batch_size, workers=workers) for folder in chosen
     ]
     if config.evaluate.datasets is None:
+        refuse_trained_rows(workspace, chosen)
         results = on_validation_rows(workspace, subjects)
     else:
         entries = suite(config.evaluate.suite)
@@ -87,6 +88,24 @@ def choose_runs(workspace: Workspace, names: Sequence[str]) -> list[RunFolder]:
             raise PipeError(f"no run {name!r}", where=workspace.runs, fix=fix)
         chosen.append(folder)
     return chosen
+
+
+def refuse_trained_rows(workspace: Workspace, runs: Sequence[RunFolder]) -> None:
+    """Validation rows of now must not be rows that a run was trained on; a manifest that has only grown is fine."""
+    if not workspace.manifest.exists():
+        return
+    manifest = read_manifest(workspace.manifest)
+    for folder in runs:
+        data = read_json(folder.record).get("data") or {}
+        rows = data.get("rows", -1)
+        if not 0 <= rows <= len(manifest) or manifest.fingerprint(rows) != data["manifest_fingerprint"]:
+            log.warning("run %s was trained on another manifest: it may have seen these validation images", folder.name)
+        elif manifest.split_sha256(rows) != data["split_sha256"]:
+            raise PipeError(
+                f"run {folder.name} was trained on rows that are validation rows now: the manifest is split otherwise",
+                where=workspace.manifest,
+                fix="index again with the data.val_fraction of then, or set evaluate.datasets",
+            )
 
 
 def on_validation_rows(workspace: Workspace, subjects: Sequence[Subject]) -> Results:

@@ -34,6 +34,8 @@ def run(config: Config, *, name: str | None, resume: bool) -> None:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
     data = open_data(workspace, config)
+    if checkpoint is not None:
+        resuming.refuse_other_data(checkpoint, data.identity(), folder)
     session = prepare(config, data, folder)
     if checkpoint is not None:
         resuming.restore(session.training, checkpoint)
@@ -122,6 +124,7 @@ def _finish(session: Session, config: Config, data: Data) -> None:
             "machine": machine.describe(),
             "cache": data.cache.digest if data.cache is not None else None,
             "dataset_sha256": data.manifest.fingerprint(),
+            "data": data.identity(),
             "code_version": code_version(),
             "checkpoint_sha256": sha256_file(folder.weights),
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,17 @@ class Data:
     train_rows: np.ndarray
     val_rows: np.ndarray
 
+    def identity(self) -> dict[str, Any]:
+        """What decides, with the configuration, every batch and target; goes into checkpoints and the record."""
+        return {
+            "rows": len(self.manifest),
+            "manifest_fingerprint": self.manifest.fingerprint(),
+            "split_sha256": self.manifest.split_sha256(),
+            "train_rows": len(self.train_rows),
+            "train_rows_sha256": hashlib.sha256(self.train_rows.astype("<i8").tobytes()).hexdigest(),
+            "cache": None if self.cache is None else self.cache.digest,
+        }
+
 
 def open_data(workspace: Workspace, config: Config) -> Data:
     """Open manifest and cache, refuse what does not fit, and leave out rows the teacher could not decode."""
@@ -43,7 +55,7 @@ def open_data(workspace: Workspace, config: Config) -> Data:
                 where=workspace.teacher,
                 fix="run: pipe extract-teacher (or train --fusion none)",
             )
-        cache = open_cache(workspace.teacher)
+        cache = open_cache(workspace.teacher, verify=True)  # far cheaper than decoding an image
         check_matches(
             cache,
             manifest_fingerprint=manifest.fingerprint(),
@@ -146,7 +158,7 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
         write_record(folder, config, {"finished": False, "code_version": code_version()})
     accelerator.wait_for_everyone()
     wrapped, prepared = accelerator.prepare(objective, optimizer)
-    training = Training(accelerator, wrapped, prepared, _settings(config, plan), folder, config.dump())
+    training = Training(accelerator, wrapped, prepared, _settings(config, plan), folder, config.dump(), data.identity())
     return Session(training, plan, datasets, machine.data_workers(config.data.workers, accelerator.num_processes))
 
 

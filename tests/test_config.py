@@ -226,3 +226,20 @@ def test_the_default_is_the_papers_order_and_the_cc3m_recipe():
     config = Config()
     assert (config.train.order, config.train.method, config.model.trunk) == (3, "dinorankclip", "RN50")
     assert {"train.order", "loss.global", "teacher.scales"} <= set(known_keys())
+
+
+def test_sections_that_are_no_mappings_are_refused_all_at_once(tmp_path):
+    path = tmp_path / "pipe.yaml"
+    path.write_text("train: [1]\nmodel: hello\nteacher: {scales: {a: 1}}\n")
+    with pytest.raises(PipeError) as caught:
+        load_config(path)
+    assert all(key in str(caught.value) for key in ("train", "model", "teacher.scales"))
+    path.write_text("train:\n")  # an empty section is all defaults
+    assert load_config(path).train == load_config(None).train
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "pipe.yaml"
+    path.write_text("train: {lr: 1.0e-3, lr: 2.0e-3}\n")
+    with pytest.raises(PipeError, match=r"lr stands twice.*line 1"):
+        load_config(path)

@@ -41,6 +41,7 @@ from pipeline.run_folder import write_bytes
 VERSION = 1
 METADATA_KEY = b"dinorankclip.manifest"
 OK = "ok"
+VAL = "val"
 VAL_PREFIX = "val:"  # names of data.val_source's files, which may be called like data.source's
 
 SCHEMA = pa.schema(
@@ -229,6 +230,11 @@ class Manifest:
                 digest.update(f"{text}, ".encode())
             self._fingerprints[count] = digest.hexdigest()
         return self._fingerprints[count]
+
+    def split_sha256(self, rows: int | None = None) -> str:
+        """SHA-256 over the splits of the first `rows` rows (None: all): which of them a run may train on."""
+        count = len(self) if rows is None else rows
+        return hashlib.sha256((self.column("split")[:count] == VAL).tobytes()).hexdigest()
 
     @cached_property
     def _fingerprints(self) -> dict[int, str]:

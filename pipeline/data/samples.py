@@ -6,6 +6,7 @@ the manifest.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import threading
@@ -68,6 +69,8 @@ def decode_image(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image.copy()
+    if image.mode == "F":
+        raise SampleError("cannot decode: floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it to white
         grey = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
@@ -77,14 +80,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class _OpenFile:
-    """A file descriptor that closes itself when the last thread that reads from it lets go."""
+    """A file descriptor that closes itself when the last thread that reads from it lets go.
+
+    Attributes:
+        touched: whether the file's time of change is another than when it was indexed.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = -1
+        self.descriptor, self.touched = -1, False
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def size(self) -> int:
-        return os.fstat(self.descriptor).st_size
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes at `offset`, fewer only at the end of the file."""
@@ -109,17 +113,19 @@ class SampleReader:
     Args:
         manifest: whose rows to read.
         max_open: how many tars are kept open at a time.
+        verify: compare every image with its SHA-256 in the manifest. Else that is done where there is reason to: for
+            files that a table names, and for tars whose time of change is not the indexed one.
     """
 
-    def __init__(self, manifest: Manifest, max_open: int = 64) -> None:
-        self.manifest, self.max_open = manifest, max(1, max_open)
+    def __init__(self, manifest: Manifest, max_open: int = 64, *, verify: bool = False) -> None:
+        self.manifest, self.max_open, self.verify = manifest, max(1, max_open), verify
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest, "max_open": self.max_open}
+        return {"manifest": self.manifest, "max_open": self.max_open, "verify": self.verify}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.manifest, self.max_open = state["manifest"], state["max_open"]
+        self.manifest, self.max_open, self.verify = state["manifest"], state["max_open"], state["verify"]
         self._forget()
 
     def _forget(self) -> None:
@@ -147,8 +153,13 @@ class SampleReader:
         """
         record = self._with_image(row)
         if self.manifest.source_table[record.source].kind == "table":
-            return self._file_bytes(record)
-        return self._exactly(record, record.image_offset, record.image_bytes)
+            data, doubtful = self._file_bytes(record), True
+        else:
+            data = self._exactly(record, record.image_offset, record.image_bytes)
+            doubtful = self._source(record.source).touched
+        if (doubtful or self.verify) and record.sha256 and hashlib.sha256(data).hexdigest() != record.sha256:
+            raise SampleUnavailable(f"row {row}: {record.key} of {record.source} changed since it was indexed")
+        return data
 
     def raw(self, row: int) -> tuple[bytes, bytes]:
         """Image bytes and caption member (text, or JSON where there is no text), from one read where they are close.
@@ -214,6 +225,8 @@ class SampleReader:
             opened = _OpenFile(path)
         except OSError as error:
             raise PipeError(f"cannot open a source of the manifest ({error.strerror})", where=path, fix=fix) from error
-        if opened.size() != self.manifest.source_table[name].bytes:
+        indexed, now = self.manifest.source_table[name], os.fstat(opened.descriptor)
+        if now.st_size != indexed.bytes:
             raise PipeError("this source changed since it was indexed", where=path, fix=fix)
+        opened.touched = now.st_mtime_ns != indexed.mtime_ns  # a copy, perhaps, or another tar of the same size
         return opened

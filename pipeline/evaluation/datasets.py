@@ -124,7 +124,9 @@ def open_classification(root: Path, splits: list[str], cache: Path) -> Classific
     if names is None:
         if not folders:
             raise PipeError(f"no {CLASS_NAMES} and no class folders", where=root, fix="see `obtain` in the suite")
-        names = [folder.replace("_", " ") for folder in folders]
+        names = [_spoken(folder) for folder in folders]
+    elif folders:
+        folders = _in_order_of(names, folders, root)
     found = {}
     for split in splits:
         members = _index(root, split, folders, len(names), cache)
@@ -149,15 +151,44 @@ def _lines(path: Path) -> list[str] | None:
 
 
 def _class_folders(root: Path, splits: list[str]) -> list[str]:
-    """Names of class folders over all splits, sorted: a class that only one split has keeps its number in the other."""
-    return sorted({folder.name for split in splits for folder in (root / split).iterdir() if folder.is_dir()})
+    """Names of class folders over all splits, sorted: a class that only one split has keeps its number in the other.
+
+    A folder without an image (or a hidden one) is no class.
+    """
+    within = [folder for split in splits for folder in (root / split).iterdir() if folder.is_dir()]
+    return sorted({folder.name for folder in within if not folder.name.startswith(".") and _has_image(folder)})
+
+
+def _has_image(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES and path.is_file() for path in folder.rglob("*"))
+
+
+def _spoken(folder: str) -> str:
+    return folder.replace("_", " ")
+
+
+def _in_order_of(names: list[str], folders: list[str], root: Path) -> list[str]:
+    """Folders by class number: matched by name where the names are the same, else by position (WordNet ids, say)."""
+    asked, there = [_spoken(name).lower() for name in names], [_spoken(folder).lower() for folder in folders]
+    if sorted(asked) == sorted(there):
+        return [folders[there.index(name)] for name in asked]
+    elsewhere = [name for k, name in enumerate(asked) if name in there and there.index(name) != k]
+    if len(names) != len(folders) or elsewhere:
+        by_position = f"; {elsewhere[0]!r} would be another folder's" if elsewhere else ""
+        raise PipeError(
+            f"{len(names)} class names do not fit {len(folders)} class folders{by_position}",
+            where=root / CLASS_NAMES,
+            fix="name every folder, or give one line a folder in the folders' sorted order",
+        )
+    return folders
 
 
 def _index(root: Path, split: str, folders: list[str], classes: int, cache: Path) -> list[Member]:
     files = sorted(p for p in (root / split).rglob("*") if p.suffix.lower() in {".tar", *SUFFIXES} and p.is_file())
     tars = [p for p in files if p.suffix == ".tar" and p.parent == root / split]
     signature = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in tars or files]
-    kept = cache / "datasets" / f"{hash_json([INDEX_VERSION, folders, classes, signature])[:40]}.json"
+    key = hash_json([INDEX_VERSION, str(root.resolve()), split, folders, classes, signature])
+    kept = cache / "datasets" / f"{key[:40]}.json"
     if kept.exists():
         return [Member(**row) for row in read_json(kept)]
     members: list[Member] = []

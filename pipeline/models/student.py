@@ -181,7 +181,7 @@ def native_grid(image_size: int, patch: int, grids: Sequence[int]) -> int:
     if fitting:
         fix = f"use model.student.patch {min(fitting, key=lambda p: (abs(p - patch), -p))}"
     else:
-        fix = f"use a model.image_size that is a multiple of {step}, or scales with another grid"
+        fix = f"use a model.image_size that is a multiple of {step * patch}, or scales with another grid"
     shown = " and ".join(f"{grid} × {grid}" for grid in sorted(set(grids))) or "any"
     raise PipeError(
         f"a patch of {patch} on {image_size} px gives no map that pools to the cached {shown}",

@@ -102,7 +102,7 @@ def extract(
     precision = _precision(out, settings.precision, device)
     teacher = teacher.to(device)
     view = View(settings.view, teacher.image_size)
-    feed = Feed(SampleReader(manifest), teacher, view, workers=settings.workers, precision=precision)
+    feed = Feed(SampleReader(manifest, verify=True), teacher, view, workers=settings.workers, precision=precision)
     identity = identify(manifest, teacher, settings, precision)
     log.info("teacher %s on %s in %s, %d decoding threads", teacher.name, device, precision, feed.threads)
     with _stop_on_signals() as stop:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class State:
         world_size: processes that wrote it (a resume with another number says so).
         scaler: fp16 loss scaler's state, {} without one.
         config: the resolved configuration it was trained with.
+        data: what its batches and targets were read from; see `stages.train_setup.Data.identity`.
     """
 
     step: int
@@ -44,6 +45,7 @@ class State:
     world_size: int
     scaler: dict[str, Any]
     config: dict[str, Any]
+    data: dict[str, Any]
 
 
 def save_checkpoint(
@@ -91,17 +93,25 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> State:
     """The state of a checkpoint whose files are whole."""
-    body = read_json(checkpoint / "state.json")
+    try:
+        body = read_json(checkpoint / "state.json")
+    except PipeError as error:
+        raise _damaged("state.json", checkpoint) from error
+    if not isinstance(body, dict) or not isinstance(body.get("sha256"), dict):
+        raise _damaged("state.json", checkpoint)
     if body.pop("version", None) != VERSION:
         raise PipeError("this checkpoint was written by another version", where=checkpoint, fix="train anew")
     for name, digest in body.pop("sha256").items():
         if not (checkpoint / name).exists() or sha256_file(checkpoint / name) != digest:
-            raise PipeError(
-                f"{name} is damaged or missing",
-                where=checkpoint,
-                fix="remove this folder; --resume takes the one before",
-            )
+            raise _damaged(name, checkpoint)
+    if set(body) != {field.name for field in fields(State)}:
+        raise _damaged("state.json", checkpoint)
     return State(**body)
+
+
+def _damaged(name: str, checkpoint: Path) -> PipeError:
+    fix = "remove this folder; --resume takes the one before"
+    return PipeError(f"{name} is damaged or missing", where=checkpoint, fix=fix)
 
 
 def load_checkpoint(checkpoint: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:

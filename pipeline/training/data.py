@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.cache.reader import Cache
 from pipeline.data.samples import SampleError, SampleReader
 from pipeline.data.views import Preprocess
+from pipeline.errors import PipeError
 from pipeline.training.sampler import Step, caption_choice
 
 
@@ -103,18 +104,37 @@ def permuted_rows(rows: np.ndarray, *, manifest_rows: int, seed: int) -> np.ndar
 
 
 def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
-    """Batches in the order of `steps`, read ahead by `workers` processes (0: in this one)."""
-    return iter(
-        DataLoader(
-            dataset,
-            sampler=_Steps(steps),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_is,  # a worker's answer is a whole batch already
-            pin_memory=pin_memory,
-            prefetch_factor=4 if workers else None,
-        )
+    """Batches in the order of `steps`, read ahead by `workers` processes (0: in this one).
+
+    Raises:
+        PipeError: one that a worker met, as it was raised there (torch would wrap its traceback into the message).
+    """
+    loader = DataLoader(
+        _Carrying(dataset),
+        sampler=_Steps(steps),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,  # a worker's answer is a whole batch already
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, PipeError):
+            raise batch
+        yield batch
+
+
+class _Carrying(Dataset[Batch | PipeError]):
+    """Hands a PipeError on as a value."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: Step) -> Batch | PipeError:
+        try:
+            return self.dataset[step]
+        except PipeError as error:
+            return error
 
 
 class _Steps:

@@ -51,6 +51,7 @@ class Training:
     settings: LoopSettings
     folder: RunFolder
     config: dict[str, Any]
+    data: dict[str, Any]  # what batches and targets are read from
     step: int = 0
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
@@ -166,7 +167,8 @@ class Training:
         self._settle()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-            state = State(self.step, self.samples, self.seconds, self.accelerator.num_processes, scaler, self.config)
+            world_size = self.accelerator.num_processes
+            state = State(self.step, self.samples, self.seconds, world_size, scaler, self.config, self.data)
             save_checkpoint(
                 self.folder.checkpoints, state, self.bare, self.optimizer.optimizer, keep=self.settings.keep_checkpoints
             )

@@ -57,6 +57,20 @@ def refuse_other_config(then: dict[str, Any], now: dict[str, Any], folder: RunFo
         )
 
 
+def refuse_other_data(checkpoint: Path, now: dict[str, Any], folder: RunFolder) -> None:
+    """Refuse to go on over other images, rows or targets: batches would silently be others."""
+    for key, before, after in differences(read_state(checkpoint).data, now):
+        raise PipeError(
+            f"the data is not what the run began with: {key} is {_short(after)} now and was {_short(before)}",
+            where=folder.path,
+            fix="put manifest and teacher cache back, or choose another --name",
+        )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 16 else f"{value!r}"
+
+
 def differences(then: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """(dotted key, value then, value now) wherever two configurations differ."""
     if isinstance(then, dict) and isinstance(now, dict):

@@ -17,7 +17,7 @@ from tar_samples import image, pixels, sample, samples, write_tar
 from pipeline.data import samples as samples_module
 from pipeline.data.index import build_manifest
 from pipeline.data.manifest import read_manifest
-from pipeline.data.samples import ImageTooLarge, SampleError, SampleReader, decode_image
+from pipeline.data.samples import ImageTooLarge, SampleError, SampleReader, SampleUnavailable, decode_image
 from pipeline.errors import PipeError
 
 
@@ -149,6 +149,35 @@ def test_a_tables_image_that_changed_or_went_is_one_bad_sample(tmp_path):
         reader.image(0)
     with pytest.raises(SampleError, match=r"2\.png changed"):
         reader.image(2)
+
+
+def test_another_image_of_the_same_size_is_not_taken_for_the_indexed_one(tmp_path):
+    """In a tar whose time of change is another; and, where asked, whatever its time says."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    plain, other = (encoded(Image.new("RGB", (8, 8), colour), "PNG", compress_level=0) for colour in ("red", "blue"))
+    assert len(plain) == len(other)
+
+    def pack(data: bytes, seconds: int) -> None:
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for name, content in (("a.png", data), ("a.txt", b"a square")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        os.utime(folder / "0.tar", (seconds, seconds))
+
+    pack(plain, 1_000)
+    build_manifest(str(folder), tmp_path / "m.parquet", workers=1)
+    manifest = read_manifest(tmp_path / "m.parquet")
+    assert manifest.record(0).status == "ok"
+    os.utime(folder / "0.tar", (2_000, 2_000))
+    assert SampleReader(manifest).image(0).getpixel((0, 0)) == (255, 0, 0)  # a copy of the same tar
+    pack(other, 2_000)
+    with pytest.raises(SampleUnavailable, match="changed since it was indexed"):
+        SampleReader(manifest).image(0)
+    pack(other, 1_000)
+    with pytest.raises(SampleUnavailable, match="changed since it was indexed"):
+        SampleReader(manifest, verify=True).image(0)
 
 
 def encoded(picture: Image.Image, kind: str, **options) -> bytes:

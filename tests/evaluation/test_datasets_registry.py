@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 
@@ -116,6 +117,60 @@ def test_the_index_is_kept_and_follows_a_changed_file(tmp_path, monkeypatch):
         assert open_classification(root, ["test"], tmp_path / "cache").digest == first
     write_tar(root / "test" / "0.tar", colour_members(9))
     assert open_classification(root, ["test"], tmp_path / "cache").digest != first
+
+
+def test_two_datasets_that_look_alike_have_an_index_each(tmp_path):
+    """Equal relative paths, sizes and times of change: archives with a fixed time, or padded to one size."""
+    labels = {}
+    for name, flip in (("a", False), ("b", True)):
+        root = write_colours(tmp_path / name, {"test": 6})
+        members = [(n, b"0" if flip and n.endswith("cls") else d) for n, d in colour_members(6)]
+        write_tar(root / "test" / "0.tar", members)
+        os.utime(root / "test" / "0.tar", ns=(10**18, 10**18))
+        data = open_classification(root, ["test"], tmp_path / "cache")
+        labels[name] = data.splits["test"].labels.tolist()
+    assert len(set(labels["a"])) > 1
+    assert labels["b"] == [0] * 6
+
+
+def write_folders(root: Path, **classes: int) -> Path:
+    for name, count in classes.items():
+        (root / "test" / name).mkdir(parents=True)
+        for k in range(count):
+            (root / "test" / name / f"{k}.jpg").write_bytes(jpeg((20 * k, 9, 9), k))
+    return root
+
+
+def test_hidden_and_empty_folders_are_no_classes(tmp_path):
+    root = write_folders(tmp_path / "f", ant=2, bird=1, empty=0)
+    (root / "test" / ".ipynb_checkpoints").mkdir()
+    (root / "test" / ".ipynb_checkpoints" / "x.jpg").write_bytes(jpeg((1, 2, 3), 0))
+    data = open_classification(root, ["test"], tmp_path / "cache")
+    assert data.class_names == ("ant", "bird")
+    assert data.splits["test"].labels.tolist() == [0, 0, 1]
+
+
+def test_class_names_find_their_folders_by_name(tmp_path):
+    root = write_folders(tmp_path / "f", ant=2, water_bird=1)
+    (root / "classnames.txt").write_text("Water bird\nant")
+    data = open_classification(root, ["test"], tmp_path / "cache")
+    assert data.class_names == ("Water bird", "ant")
+    assert data.splits["test"].labels.tolist() == [1, 1, 0]
+
+
+def test_class_names_of_other_words_go_by_position(tmp_path):
+    root = write_folders(tmp_path / "f", n01=2, n02=1)
+    (root / "classnames.txt").write_text("zebra\nant")
+    data = open_classification(root, ["test"], tmp_path / "cache")
+    assert data.splits["test"].labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("names", ["bird\nwasp", "ant", "ant\nbird\ncow"])
+def test_class_names_that_do_not_fit_the_folders_are_refused(tmp_path, names):
+    root = write_folders(tmp_path / "f", ant=2, bird=1)
+    (root / "classnames.txt").write_text(names)
+    with pytest.raises(PipeError, match="class names do not fit 2 class folders"):
+        open_classification(root, ["test"], tmp_path / "cache")
 
 
 def test_the_digest_covers_labels_names_and_templates(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from colour_world import write_colours
 
 from pipeline.config import load_config
 from pipeline.data.index import build_manifest
+from pipeline.data.manifest import read_manifest
 from pipeline.errors import PipeError
 from pipeline.evaluation.records import read_records
 from pipeline.models.dinorankclip import DinoRankCLIP, load, save
-from pipeline.run_folder import RunFolder, Workspace, sha256_file, write_json
+from pipeline.run_folder import RunFolder, Workspace, read_json, sha256_file, write_json
 from stages import evaluate
 
 TRUNK = {
@@ -103,6 +105,41 @@ def test_with_nothing_configured_all_finished_runs_are_measured_on_validation_ro
         workspace.run("clip").weights
     )
     assert "order3" in capsys.readouterr().out
+
+
+def trained_on(workspace: Workspace, name: str) -> None:
+    """Say in a run's record that it was trained on the manifest as it is."""
+    manifest = read_manifest(workspace.manifest)
+    data = {"rows": len(manifest), "manifest_fingerprint": manifest.fingerprint()}
+    record = read_json(workspace.run(name).record)
+    write_json(workspace.run(name).record, record | {"data": data | {"split_sha256": manifest.split_sha256()}})
+
+
+def test_validation_rows_that_a_run_was_trained_on_are_refused(workspace, tiny_tars, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(evaluate.log, "warning", lambda text, *values: said.append(text % values))
+    chosen = [workspace.run("clip")]
+    evaluate.refuse_trained_rows(workspace, chosen)
+    assert "another manifest" in said.pop()  # its record does not say which
+    trained_on(workspace, "clip")
+    evaluate.refuse_trained_rows(workspace, chosen)
+    shutil.copy(tiny_tars / "00000.tar", tiny_tars / "00002.tar")
+    build_manifest(str(tiny_tars), workspace.manifest, val_fraction=0.4, workers=1)  # grown: the old rows keep theirs
+    evaluate.refuse_trained_rows(workspace, chosen)
+    assert not said
+    workspace.manifest.unlink()
+    build_manifest(str(tiny_tars), workspace.manifest, val_fraction=0.8, workers=1)
+    with pytest.raises(PipeError, match=r"run clip was trained on rows that are validation rows now"):
+        evaluate.refuse_trained_rows(workspace, chosen)
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]"])
+def test_a_broken_record_of_one_run_does_not_keep_others_from_being_measured(workspace, text):
+    workspace.run("running").record.write_text(text)
+    assert [folder.name for folder in evaluate.choose_runs(workspace, [])] == ["clip", "order3"]
+    assert [folder.name for folder in evaluate.choose_runs(workspace, ["clip"])] == ["clip"]
+    with pytest.raises(PipeError, match="run running is not finished"):
+        evaluate.choose_runs(workspace, ["running"])
 
 
 def test_a_second_evaluation_loads_nothing_and_writes_the_same_bytes(workspace, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.errors import PipeError
 from pipeline.evaluation import registry
 from pipeline.evaluation.datasets import Absent
-from pipeline.evaluation.registry import Entry, open_entry, retrieval_of
+from pipeline.evaluation.registry import Entry, open_entry, retrieval_of, subset
 from pipeline.evaluation.suite import run_suite
 
 ENTRY = Entry(name="pairs", kind="retrieval", path="pairs/test")
@@ -115,6 +115,15 @@ def test_a_manifest_without_pairs_of_that_part_is_an_error(tars, tmp_path):
     manifest.rows = lambda part: manifest.column("row")[:0]  # type: ignore[method-assign]
     with pytest.raises(PipeError, match="no usable pair"):
         retrieval_of(manifest, "val", "val")
+
+
+def test_pairs_are_renumbered_when_images_are_dropped(tars, tmp_path):
+    data = open_entry(ENTRY, tars, tmp_path / "cache", 1)
+    pair_image, pair_text, used = subset(data, np.array([False, True, True, False, True, True]))
+    found = [(int(image), data.texts[used[text]]) for image, text in zip(pair_image, pair_text, strict=True)]
+    expected = [(row, f"image {k} view {c}") for row, k in enumerate([1, 2, 4, 5]) for c in range(1 + k % 3)]
+    assert sorted(found) == expected
+    assert len(used) == len(expected)
 
 
 def test_a_whole_retrieval_benchmark_runs_from_tars(tars, tmp_path, subject):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation import retrieval
+from pipeline.evaluation.paired import draws
 from pipeline.evaluation.retrieval import Ranks, chance, evaluate, rank, statistics
 
 
@@ -105,6 +106,24 @@ def test_resampling_moves_captions_with_their_image():
     owner = np.array([0, 0, 0, 1])
     statistic = statistics(ranks, owner)["retrieval/t2i_recall@1"]
     np.testing.assert_allclose(statistic(np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]])), [1.0, 0.75, 0.0])
+
+
+def test_intervals_of_median_ranks_draw_images_together_with_their_captions():
+    rng = np.random.default_rng(7)
+    owner, text = ragged_pairs(rng, 15)
+    shuffled = rng.permutation(len(owner))
+    owner, text = owner[shuffled], text[shuffled]
+    images, texts = unit(rng, 15, 6), unit(rng, len(text), 6)
+    found = {m.metric: m for m in evaluate({"gated": (images, texts)}, owner, text, split="test")}
+    i2t, t2i = by_loops(images, texts, owner, text)
+    drawn = [np.repeat(np.arange(15), counts.astype(int)) for counts in np.concatenate(list(draws(15)))]
+    medians = {
+        "retrieval/i2t_median_rank": [np.median(i2t[units]) for units in drawn],
+        "retrieval/t2i_median_rank": [np.median(np.concatenate([t2i[owner == k] for k in units])) for units in drawn],
+    }
+    for name, values in medians.items():
+        np.testing.assert_allclose((found[name].low, found[name].high), np.quantile(values, [0.025, 0.975]))
+        np.testing.assert_array_equal(np.concatenate([found[name].statistic(c) for c in draws(15)]), values)
 
 
 def test_chance_equals_random_embeddings_in_the_mean():

@@ -200,6 +200,25 @@ def test_gate_and_drift_are_measured_where_a_model_injects_and_kept(subject):
     assert to_json(results.records) == to_json(again.records)
 
 
+def test_gap_and_drift_take_each_image_with_its_first_caption(subject):
+    """Image 0 is broken and text 0 is its alone, so rows and texts are renumbered; second captions lie."""
+    n = 13
+    text = np.stack([1 + np.arange(n) % 3, 1 + (np.arange(n) + 1) % 3], axis=1)
+    text[0, 0] = 0
+    texts = ("nothing", *(f"something {name}" for name in NAMES))
+    data = replace(retrieval_data(n, bad=(0,)), texts=texts, pair_text=text.ravel())
+    results = Results()
+    run_entry(results, RETRIEVAL, data, [subject(NodeModel())], code_version="v")
+    x = np.array([np.asarray(data.images.load(k), dtype=float).mean((0, 1)) / 255 for k in range(1, n)]) + 1e-3
+    y = np.eye(3)[np.arange(1, n) % 3] + 1e-3
+    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
+    aligned = np.mean([np.sum((a - b) ** 2) for a, b in zip(x, y, strict=True)])
+    assert value(results, "nodes/alignment", node="gated").value == pytest.approx(aligned, rel=1e-5)
+    odds = np.exp(10 * x @ y.T)  # the model's scale is 10
+    likely = [odds.diagonal() / odds.sum(axis) for axis in (0, 1)]
+    assert value(results, "drift/loss_trunk").value == pytest.approx(-np.log(likely).mean(), rel=1e-5)
+
+
 def test_a_plain_pair_of_encoders_has_no_gate_rows(subject):
     results = Results()
     run_entry(results, RETRIEVAL, retrieval_data(), [subject()], code_version="v")
@@ -218,3 +237,13 @@ def test_a_comparison_takes_the_outputs_and_no_other_node_or_measure():
     theirs = [of("zero_shot/top1", "trunk", [0, 1, 0, 0]), of("nodes/alignment", "trunk", [1, 1, 1, 1])]
     (found,) = versus(mine, theirs, "plain")
     assert (found.metric, found.node, found.value) == ("zero_shot/top1:vs:plain", "gated", 0.5)
+
+
+def test_runs_measured_on_different_numbers_of_units_are_not_compared():
+    def of(metric: str, values: list[float]) -> Measurement:
+        return Measurement(metric, "gated", "test", float(np.mean(values)), 0.0, 1.0, len(values), mean_of(values))
+
+    mine = [of("zero_shot/top1", [1, 1, 1, 0]), of("probe/top1", [1, 1, 1, 0])]
+    theirs = [of("zero_shot/top1", [0, 1, 0, 0, 1]), of("probe/top1", [0, 1, 0, 0])]
+    (found,) = versus(mine, theirs, "plain")
+    assert (found.metric, found.value, found.n) == ("probe/top1:vs:plain", 0.5, 4)

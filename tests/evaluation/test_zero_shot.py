@@ -57,6 +57,25 @@ def test_constant_embeddings_score_class_zero_and_no_more():
     np.testing.assert_array_equal(ranks, labels + 1)
 
 
+def test_constant_embeddings_score_class_zeros_share_whatever_their_products_round_to():
+    """At this size products of equal vectors differ in their last bits, by their place in the matrix."""
+    rng = np.random.default_rng(0)
+    image, text = (v / np.linalg.norm(v) for v in rng.normal(size=(2, 511)))
+    images, texts = np.tile(image.astype(np.float32), (500, 1)), np.tile(text.astype(np.float32), (37, 1))
+    labels = rng.permutation(np.arange(500) % 37)
+    found = values(evaluate({"gated": (images, texts)}, labels, 37, split="test"))
+    assert [found[f"zero_shot/top{k}"] for k in (1, 3, 5)] == [np.mean(labels < k) for k in (1, 3, 5)]
+    assert found["zero_shot/mean_per_class"] == pytest.approx(1 / 37)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_classes_whose_scores_differ_in_the_last_bits_are_ranked_by_number(sign):
+    images = np.ones((37, 1), dtype=np.float32)
+    weights = (1 + sign * np.arange(37)[:, None] * 2.0**-26).astype(np.float32)  # up to 5e-7 apart
+    assert len(np.unique(weights)) > 3
+    np.testing.assert_array_equal(rank_of_label(images, weights, np.arange(37)), 1 + np.arange(37))
+
+
 def test_mean_per_class_weighs_classes_not_images():
     images = np.eye(2, dtype=np.float32)[[0] * 9 + [0]]
     labels = np.array([0] * 9 + [1])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,6 +83,12 @@ def test_rkd_ignores_scale_and_origin_and_is_zero_for_the_teacher_itself() -> No
     assert float(rkd_loss(3 * teacher + 100, teacher).mean()) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_rkd_keeps_its_digits_where_all_features_share_a_large_offset() -> None:
+    student, teacher = features(1, 12, 6, 15)[0] + 300, features(1, 12, 5, 16)[0] - 1000
+    expected = numpy_rkd(student.double().numpy(), teacher.double().numpy())
+    assert float(rkd_loss(student, teacher).mean()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_rkd_gradient_is_the_one_of_plain_distances() -> None:
     student, teacher = features(1, 6, 4, 5)[0].double().requires_grad_(), features(1, 6, 4, 6)[0].double()
     (found,) = torch.autograd.grad(rkd_loss(student, teacher).mean(), student)
@@ -130,6 +137,18 @@ def test_a_predictor_that_ignores_the_image_scores_exactly_one_baseline() -> Non
     assert float(rkd_loss(simplex, unit).mean()) / losses["rkd"]["global"] == pytest.approx(1.0, rel=1e-4)
     mean = torch.as_tensor(arrays["global_mean"]).expand(40, -1)
     assert float(global_loss(mean, vectors[1]).mean()) / losses["global"] == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", [gram_loss, rkd_loss, global_loss])
+def test_a_teacher_that_requires_grad_gets_none(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    student, teacher = features(4, 3, 5, 17), features(4, 3, 5, 18)
+    if loss is not gram_loss:
+        student, teacher = student[:, 0], teacher[:, 0]
+    student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    loss(student, teacher).mean().backward()
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0
+    assert teacher.grad is None
 
 
 def test_inputs_are_not_written_to_and_bfloat16_is_widened() -> None:

@@ -8,6 +8,7 @@ from brute_force import published_list_mle, ranking_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_inputs import heads, tied_pairs, unit_pairs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.losses.lists import ListSettings, list_loss
 from pipeline.losses.pairs import Pairs
@@ -287,6 +288,35 @@ def test_matmul_precision_is_left_as_it_was() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+class ProductPrecisions(TorchDispatchMode):
+    """Notes the float32 precision that is set whenever a matrix product is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in {"mm", "addmm", "addmm_", "bmm", "baddbmm"}:
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_every_product_of_the_lists_is_in_full_precision_whatever_is_set_outside(order: int) -> None:
+    maps = {name: head.float() for name, head in heads(order).items()} if order > 1 else None
+    v, w, s, *_ = leaves(unit_pairs(6).float(), 3.0, maps)
+    tables = None if maps is None else {"image": maps["image"](v), "text": maps["text"](w)}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ProductPrecisions() as products:
+            list_loss(Pairs.alone(v, w, s), ListSettings(transition_depth=3), BOTH, tables)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(products.seen) >= 4 + 8  # the similarities, and two gradients of each family
+    assert set(products.seen) == {"highest"}
 
 
 def test_larger_lists_equal_the_plain_form() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import CAPTIONS, SCALES, SIZE, WIDTH_GLOBAL, build
 
 from pipeline.losses.distillation import global_loss, gram, gram_loss
+from pipeline.models.student import DISTILLATION_WIDTH, ImageStudent
 
 
 def teacher(images: int, grid: int, seed: int) -> torch.Tensor:
@@ -37,6 +39,28 @@ def test_the_gram_loss_starts_near_the_mean_matrixs(scale):
         random = plain(torch.randn(6, 3, SIZE, SIZE), plain.trunk.tokenizer(CAPTIONS + CAPTIONS[:2]))
     assert ratio < 1.2
     assert ratio < 0.7 * float(gram_loss(random.student_tokens[scale["name"]], held_out).mean() / unit)
+
+
+def test_places_have_unit_affinities_where_there_are_more_of_them_than_dimensions():
+    """144 places in 128 dimensions: the leading factors are shorter than 1, their directions are what is kept."""
+    model = ImageStudent(
+        name="vit_tiny_patch16_224",
+        patch=4,
+        depth=1,
+        image_size=48,
+        scales=[{"name": "dense", "grid": 12, "depth_fraction": 1.0}],
+        global_width=WIDTH_GLOBAL,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+    mean_gram = gram(teacher(20, 12, 11)).mean(0)
+    model.start_gram_at("dense", mean_gram)
+    left, values, right = np.linalg.svd(mean_gram.double().numpy())
+    low = left[:, :DISTILLATION_WIDTH] * values[:DISTILLATION_WIDTH] @ right[:DISTILLATION_WIDTH]
+    lengths = np.sqrt(low.diagonal())
+    places = model.places["dense"].detach().double().numpy()
+    assert lengths.min() < 0.99
+    np.testing.assert_allclose(places @ places.T / DISTILLATION_WIDTH, low / np.outer(lengths, lengths), atol=1e-5)
 
 
 def test_both_global_heads_start_at_the_mean_vector_exactly():

@@ -79,7 +79,7 @@ def test_area_pooling_averages_each_cells_patches() -> None:
     [
         (112, 16, [14], "patch 8"),
         (224, 32, [14, 7], "patch 16"),
-        (64, 16, [3], "multiple of 3"),
+        (64, 16, [3], "multiple of 48"),
         (100, 16, [5], "patch 20"),
         (64, 16, [8, 4], "patch 8"),
     ],

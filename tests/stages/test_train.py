@@ -153,6 +153,43 @@ def test_killed_in_mid_run_and_resumed_equals_undisturbed(folder):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_a_run_does_not_go_on_over_other_data(folder, monkeypatch):
+    """A manifest that has grown meanwhile, as indexing allows, would make other batches."""
+    from pipeline.training.loop import Training
+    from stages import index
+
+    config = load_config(folder / "pipe.yaml")
+    index.run(config)
+    original = Training._any_process
+    monkeypatch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 4))
+    with pytest.raises(Stopped):
+        run(folder, name="cut", **{"train.method": "clip"})
+    monkeypatch.undo()
+    shutil.copy(folder / "tars" / "00000.tar", folder / "tars" / "00002.tar")
+    index.run(config)
+    before = (folder / "workspace" / "runs" / "cut" / "record.json").read_bytes()
+    with pytest.raises(PipeError, match=r"not what the run began with: manifest_fingerprint is .* now and was"):
+        run(folder, name="cut", resume=True, **{"train.method": "clip"})
+    assert (folder / "workspace" / "runs" / "cut" / "record.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_problem_with_the_data_is_one_line_whoever_reads_it(folder, workers):
+    """torch would pass on a worker's error with its traceback for a message; a flipped bit is found as it is read."""
+    (shard,) = (folder / "workspace" / "teacher.zarr" / "fine" / "c").rglob("0/0/0")
+    data = bytearray(shard.read_bytes())
+    for at in range(64, len(data) - 1024, 97):
+        data[at] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(PipeError) as caught:
+        run(folder, sets=[f"data.workers={workers}"])
+    line = str(caught.value)
+    assert "Traceback" not in line
+    assert "checksum" in line or "CRC" in line
+    assert str(shard) in line
+    assert caught.value.fix
+
+
 def test_sigterm_saves_and_exits_with_75(folder):
     command = [sys.executable, "-m", "stages.cli", "train", "--set", "train.max_steps=100000", "--name", "cut"]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)

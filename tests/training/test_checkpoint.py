@@ -31,7 +31,15 @@ def train(model, optimizer, steps, seed):
 
 
 def state(step):
-    return State(step=step, samples=16 * step, seconds=1.5, world_size=1, scaler={}, config={"train": {"lr": 0.01}})
+    return State(
+        step=step,
+        samples=16 * step,
+        seconds=1.5,
+        world_size=1,
+        scaler={},
+        config={"train": {"lr": 0.01}},
+        data={"rows": 3},
+    )
 
 
 def test_a_restored_run_continues_bit_for_bit(tmp_path):
@@ -100,6 +108,15 @@ def test_a_flipped_bit_is_found_before_anything_is_loaded(tmp_path, file):
     (saved / file).write_bytes(data)
     with pytest.raises(PipeError, match=f"{file} is damaged"):
         read_state(saved)
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]", '{"version": 1}', '{"version": 1, "sha256": {}, "step": 5}'])
+def test_a_damaged_state_says_so_and_what_to_do(tmp_path, text):
+    objective, optimizer = make()
+    made = save_checkpoint(tmp_path, state(5), objective, optimizer, keep=2)
+    (made / "state.json").write_text(text)
+    with pytest.raises(PipeError, match=r"state\.json is damaged.*takes the one before"):
+        read_state(made)
 
 
 def test_another_version_is_refused(tmp_path):
