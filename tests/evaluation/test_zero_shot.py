@@ -68,10 +68,9 @@ def test_constant_embeddings_score_class_zeros_share_whatever_their_products_rou
     assert found["zero_shot/mean_per_class"] == pytest.approx(1 / 37)
 
 
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_classes_whose_scores_differ_in_the_last_bits_are_ranked_by_number(sign):
+def test_classes_whose_scores_differ_in_the_last_bits_are_ranked_by_number():
     images = np.ones((37, 1), dtype=np.float32)
-    weights = (1 + sign * np.arange(37)[:, None] * 2.0**-26).astype(np.float32)  # up to 5e-7 apart
+    weights = (1 + np.arange(37)[:, None] * 2.0**-26).astype(np.float32)  # up to 5e-7 apart
     assert len(np.unique(weights)) > 3
     np.testing.assert_array_equal(rank_of_label(images, weights, np.arange(37)), 1 + np.arange(37))
 
