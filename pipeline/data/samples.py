@@ -34,6 +34,10 @@ class SampleUnavailable(SampleError):
     """What was indexed cannot be read now; it may be back later, which a broken image never is."""
 
 
+class SampleChanged(SampleError):
+    """Where a sample was indexed lies another image now, or a damaged one."""
+
+
 class ImageTooLarge(SampleError):
     """More bytes or pixels than we accept."""
 
@@ -140,17 +144,29 @@ class SampleReader:
         return self.manifest.captions(row)
 
     def image(self, row: int) -> Image.Image:
-        """RGB image of a row; raises SampleError where it cannot be decoded."""
-        return decode_image(self.image_bytes(row))
+        """RGB image of a row; raises SampleError where it cannot be decoded, SampleChanged where it is another one."""
+        data, changed = self._checked_bytes(row)
+        picture = decode_image(data)
+        if changed:
+            raise SampleChanged(changed)
+        return picture
 
     def image_bytes(self, row: int) -> bytes:
         """The encoded image as it lies in its source.
 
         Raises:
             SampleError: the row has no image.
-            SampleUnavailable: it had one, which is gone, unreadable or changed.
+            SampleUnavailable: it had one, which is gone or unreadable.
+            SampleChanged: the bytes are not those that were indexed.
             PipeError: the row's tar is gone or was changed since it was indexed.
         """
+        data, changed = self._checked_bytes(row)
+        if changed:
+            raise SampleChanged(changed)
+        return data
+
+    def _checked_bytes(self, row: int) -> tuple[bytes, str]:
+        """A row's bytes, and what is wrong with them: "" where nothing is, or nothing was looked for."""
         record = self._with_image(row)
         if self.manifest.source_table[record.source].kind == "table":
             data, doubtful = self._file_bytes(record), True
@@ -158,8 +174,8 @@ class SampleReader:
             data = self._exactly(record, record.image_offset, record.image_bytes)
             doubtful = self._source(record.source).touched
         if (doubtful or self.verify) and record.sha256 and hashlib.sha256(data).hexdigest() != record.sha256:
-            raise SampleUnavailable(f"row {row}: {record.key} of {record.source} changed since it was indexed")
-        return data
+            return data, f"row {row}: {record.key} of {record.source} changed since it was indexed"
+        return data, ""
 
     def raw(self, row: int) -> tuple[bytes, bytes]:
         """Image bytes and caption member (text, or JSON where there is no text), from one read where they are close.
@@ -200,8 +216,6 @@ class SampleReader:
             data = _OpenFile(path).read(0, record.image_bytes + 1)
         except OSError as error:
             raise SampleUnavailable(f"row {record.row}: cannot read {record.key} ({error.strerror})") from error
-        if len(data) != record.image_bytes:
-            raise SampleUnavailable(f"row {record.row}: {record.key} changed since it was indexed")
         return data
 
     def _source(self, name: str) -> _OpenFile:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import log
-from pipeline.data.samples import SampleError, SampleReader, SampleUnavailable
+from pipeline.data.samples import SampleChanged, SampleError, SampleReader, SampleUnavailable
 from pipeline.data.views import View
 from pipeline.errors import PipeError
 from pipeline.teacher.teacher import Teacher
@@ -61,7 +61,8 @@ class Feed:
         precision: of the network's forward; features are float32 in any case.
 
     Attributes:
-        failed: rows whose image could not be decoded so far, with the reason.
+        failed: rows whose image could not be used so far, with the reason.
+        changed: those among them that hold another image than when they were indexed.
     """
 
     def __init__(
@@ -76,13 +77,25 @@ class Feed:
         self.reader, self.teacher, self.view = reader, teacher, view
         self.threads, self.precision = decoding_threads(workers), precision
         self.failed: dict[int, str] = {}
+        self.changed: set[int] = set()
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Generator[FeatureBatch, None, None]:
         """One `FeatureBatch` for each of `batches` (n,) int64, in order."""
         for rows, pixels in self._decoded(batches):
             ok = np.array([picture is not None for picture in pixels])
+            self._refuse_replaced(rows)
             usable = [picture for picture in pixels if picture is not None]
             yield FeatureBatch(rows, ok, self._features(usable) if usable else {})
+
+    def _refuse_replaced(self, rows: np.ndarray) -> None:
+        """One damaged image in a million is left out; where most of a batch are others, their source was replaced."""
+        changed = [row for row in rows.tolist() if row in self.changed]
+        if 2 * len(changed) > len(rows) > 1:
+            raise PipeError(
+                f"{self.failed[changed[0]]}, and {len(changed) - 1} more of {len(rows)}: was this source replaced?",
+                where=f"{self.reader.manifest.root}",
+                fix="put it back and run the same command, or move the manifest away and run: pipe index",
+            )
 
     def _decoded(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, list[np.ndarray | None]]]:
         waiting: deque[tuple[np.ndarray, list[Future[np.ndarray | None]]]] = deque()
@@ -101,7 +114,8 @@ class Feed:
         """(S, S, 3) uint8, or None where the image cannot be decoded.
 
         Raises:
-            PipeError: an image that was indexed cannot be read. To pass over it would mark it undecodable for good.
+            PipeError: the file of an image that was indexed cannot be read. It may be back tomorrow, and to pass over
+                it would mark the image undecodable for good.
         """
         try:
             return np.asarray(self.view(self.reader.image(row)))
@@ -112,6 +126,8 @@ class Feed:
                 fix="put it back and run the same command, or move the manifest away and run: pipe index",
             ) from error
         except SampleError as error:
+            if isinstance(error, SampleChanged):
+                self.changed.add(row)
             if row not in self.failed:
                 self.failed[row] = str(error)
                 if len(self.failed) <= NAMED_FAILURES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_it_says_what_is_in_the_cache_and_goes_on_where_a_limit_ended(
 
 
 def test_a_file_that_is_away_is_not_an_image_that_cannot_be_decoded(tmp_path: Path):
-    """It stops the extraction, names the file, and counts once it is back; so does one that was changed."""
+    """It stops the extraction, names the file, and counts once it is back; a damaged one is left out for good."""
     config = load_config(
         config_file(tmp_path), sets=[f"data.source={tmp_path}/table.csv", "teacher.calibration_rows=8"]
     )
@@ -70,10 +71,26 @@ def test_a_file_that_is_away_is_not_an_image_that_cannot_be_decoded(tmp_path: Pa
     with pytest.raises(PipeError, match=r"cannot read 9\.png.*put it back and run the same command"):
         extract_teacher.run(config)
     (tmp_path / "away.png").rename(tmp_path / "9.png")
-    whole = (tmp_path / "11.png").read_bytes()
-    (tmp_path / "11.png").write_bytes(bytes(len(whole)))
-    with pytest.raises(PipeError, match=r"11\.png.*changed since it was indexed"):
-        extract_teacher.run(config)
-    (tmp_path / "11.png").write_bytes(whole)
+    (tmp_path / "11.png").write_bytes(bytes((tmp_path / "11.png").stat().st_size))
+    shutil.copy(tmp_path / "3.png", tmp_path / "12.png")
     extract_teacher.run(config)
-    assert (open_cache(config.workspace / "teacher.zarr").state() == 1).all()
+    state = open_cache(config.workspace / "teacher.zarr").state()
+    assert np.flatnonzero(state == 2).tolist() == [11, 12]
+    assert (state == 1).sum() == 38
+
+
+def test_a_source_that_was_replaced_stops_the_extraction(tmp_path: Path):
+    """Other images in files of the old names: features of these must not go under the old images' hashes."""
+    config = load_config(
+        config_file(tmp_path), sets=[f"data.source={tmp_path}/table.csv", "teacher.calibration_rows=8"]
+    )
+    rows = [f"{number}.png,picture {number}" for number in range(20)]
+    (tmp_path / "table.csv").write_text("\n".join(["filepath,title", *rows]))
+    for seed in (0, 100):
+        for number in range(20):
+            pixels = np.random.default_rng(seed + number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        if seed == 0:
+            index.run(config)
+    with pytest.raises(PipeError, match=r"changed since it was indexed, and \d more of 8: was this source replaced"):
+        extract_teacher.run(config)
