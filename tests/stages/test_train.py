@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.cache.reader import open_cache
+from pipeline.cache.shards import index_bytes
 from pipeline.config import load_config
 from pipeline.console import log
 from pipeline.errors import PipeError, Stopped
@@ -176,9 +177,10 @@ def test_a_run_does_not_go_on_over_other_data(folder, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_problem_with_the_data_is_one_line_whoever_reads_it(folder, workers):
     """torch would pass on a worker's error with its traceback for a message; a flipped bit is found as it is read."""
-    (shard,) = (folder / "workspace" / "teacher.zarr" / "fine" / "c").rglob("0/0/0")
+    root = folder / "workspace" / "teacher.zarr"
+    (shard,) = (root / "fine" / "c").rglob("0/0/0")
     data = bytearray(shard.read_bytes())
-    for at in range(64, len(data) - 1024, 97):
+    for at in range(64, len(data) - index_bytes(open_cache(root).shard_rows), 97):  # of rows, not of the index
         data[at] ^= 1
     shard.write_bytes(data)
     with pytest.raises(PipeError) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 import subprocess
 import sys
@@ -111,6 +112,24 @@ def test_an_undecodable_image_is_recorded_and_disturbs_nothing(
     assert summary(cache)["rows"] == {"ok": 18, "undecodable": 6, "absent": 0}
     assert not set(cache.calibration_rows) & {2, 10, 11, 12, 13, 23}
     np.testing.assert_allclose(cache.read([3])[GLOBAL], live(manifest, vit, [3])[GLOBAL], atol=2e-3, rtol=1e-3)
+
+
+def test_an_image_that_is_another_one_is_left_out_whatever_its_tars_time_says(
+    make_manifest: MakeManifest, vit: Teacher, tmp_path: Path
+):
+    """One byte of the JPEG header, which the decoder does not mind; the time of change is put back."""
+    manifest = make_manifest(22)
+    record = manifest.record(7)
+    path = manifest.source_path(record.source)
+    times = path.stat()
+    with open(path, "r+b") as tar:
+        tar.seek(record.image_offset + 15)  # of the JFIF density
+        (byte,) = tar.read(1)
+        tar.seek(record.image_offset + 15)
+        tar.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    SampleReader(manifest).image(7)
+    assert np.flatnonzero(extract(manifest, vit, tmp_path / "t.zarr", SETTINGS).cache.state() == 2).tolist() == [7]
 
 
 def test_a_row_without_a_caption_has_features_but_is_not_calibrated_on(
