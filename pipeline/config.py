@@ -57,22 +57,30 @@ def shipped(kind: str, name: str) -> dict[str, Any]:
     return read_yaml(folder / f"{name}.yaml")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, refusing a key that comes twice, of which it would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+def _safe_yaml(text: str) -> Any:
+    """`yaml.safe_load`, refusing a key that comes twice in one mapping, of which YAML silently takes the last."""
+    nodes, met = [yaml.compose(text, yaml.SafeLoader)], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in met:  # an alias, perhaps of what it stands in
+            continue
+        met.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+                nodes.append(value)
+    return yaml.safe_load(text)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping; anything else is one clear line."""
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        loaded = _safe_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PipeError("there is no such config file", where=path, fix="write one: pipe init --data SOURCE") from error
     except IsADirectoryError as error:
@@ -104,7 +112,8 @@ def load_config(
     layers = [shipped("", preset) if preset else {}, read_yaml(path) if path is not None else {}]
     chosen: dict[str, Any] = {"workspace": str(base / Config().workspace)}
     for layer in layers:
-        chosen = merge(chosen, _absolute_paths(layer, base))
+        written = {key: value for key, value in layer.items() if value is not None or key not in _sections()}
+        chosen = merge(chosen, _absolute_paths(written, base))  # an empty section says nothing
     explicit: dict[str, Any] = {}
     for key, value in (flags or {}).items():
         if value is not None:
@@ -113,13 +122,14 @@ def load_config(
         key, value = parse_set(item)
         put(explicit, key, value)
     explicit = _absolute_paths(explicit, Path.cwd())
-    if any(not isinstance(chosen.get(name) or {}, dict) for name in sections()):
-        return validate(chosen, where=path)  # refuses them, before method and fusion are laid over such a section
+    for values in (chosen, explicit):
+        if any(not isinstance(values.get(name, {}), dict) for name in _sections()):
+            return validate(values, where=path)  # refuses them, before method and fusion are laid over such a section
     chosen = _apply_named_files(chosen, explicit)
     return validate(merge(chosen, explicit, whole=False), where=path)
 
 
-def sections() -> list[str]:
+def _sections() -> list[str]:
     """The keys of a configuration that are mappings of keys: data, teacher, model, train, loss, evaluate."""
     kinds = {name: field.annotation for name, field in Config.model_fields.items()}
     return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)]
@@ -175,6 +185,8 @@ def _problem(item: dict[str, Any]) -> str:
         return f"{key} is unknown{_nearest_key(key)}"
     shown = repr(item.get("input"))
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "model_type":  # pydantic would name our class
+        message = "a mapping of keys to values is needed"
     return f"{key or 'file'}: {message[0].lower()}{message[1:]}" + (f" (got {shown})" if len(shown) < 60 else "")
 
 
@@ -226,9 +238,10 @@ def parse_set(item: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise PipeError(f"--set takes key.path=value, not {item!r}", fix="for example --set train.lr=3e-4")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), _safe_yaml(value)
     except yaml.YAMLError as error:
-        raise PipeError(f"the value of --set {key} is not valid YAML", where=value) from error
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise PipeError(f"the value of --set {key} is not valid YAML ({reason})", where=value) from error
 
 
 def _get(values: Mapping[str, Any], dotted: str) -> Any:

@@ -234,12 +234,29 @@ def test_sections_that_are_no_mappings_are_refused_all_at_once(tmp_path):
     with pytest.raises(PipeError) as caught:
         load_config(path)
     assert all(key in str(caught.value) for key in ("train", "model", "teacher.scales"))
-    path.write_text("train:\n")  # an empty section is all defaults
-    assert load_config(path).train == load_config(None).train
+
+
+@pytest.mark.parametrize("value", ["0", "[]", "''", "5"])
+def test_a_section_that_is_no_mapping_is_refused_wherever_it_comes_from(tmp_path, value):
+    path = tmp_path / "pipe.yaml"
+    path.write_text(f"data: {value}\n")
+    with pytest.raises(PipeError, match="data: a mapping of keys"):
+        load_config(path)
+    with pytest.raises(PipeError, match="train: a mapping of keys"):
+        load_config(None, sets=[f"train={value}"])
+
+
+@pytest.mark.parametrize("section", ["data", "teacher", "model", "train", "loss", "evaluate"])
+def test_an_empty_section_is_all_defaults(tmp_path, section):
+    path = tmp_path / "pipe.yaml"
+    path.write_text(f"{section}:\n  # everything is commented out\n")
+    assert getattr(load_config(path), section) == getattr(load_config(None), section)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "pipe.yaml"
+    with pytest.raises(PipeError, match="name stands twice"):
+        load_config(None, sets=["teacher.scales=[{name: a, name: b, layer: 0, grid: 1}]"])
     path.write_text("train: {lr: 1.0e-3, lr: 2.0e-3}\n")
     with pytest.raises(PipeError, match=r"lr stands twice.*line 1"):
         load_config(path)

@@ -36,7 +36,7 @@ class State:
         world_size: processes that wrote it (a resume with another number says so).
         scaler: fp16 loss scaler's state, {} without one.
         config: the resolved configuration it was trained with.
-        data: what its batches and targets were read from; see `stages.train_setup.Data.identity`.
+        data: what its batches and targets were read from: hashes of manifest, training rows and cache.
     """
 
     step: int
