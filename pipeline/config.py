@@ -271,4 +271,7 @@ def _absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
         value = _get(out, ".".join(keys))
         if isinstance(value, str) and value and "://" not in value:
             put(out, ".".join(keys), str((base / Path(value).expanduser()).absolute()))
+    name = _get(out, "teacher.name")
+    if isinstance(name, str) and name.startswith(("hf:.", "hf:~")):  # hf:ORG/NAME is a repository
+        put(out, "teacher.name", f"hf:{(base / Path(name[3:]).expanduser()).absolute()}")
     return out

@@ -74,6 +74,8 @@ class TeacherConfig(Section):
             raise ValueError(f"two scales share a name: {', '.join(names)}")
         if self.random_weights and self.checkpoint is not None:
             raise ValueError("random_weights and checkpoint exclude each other: remove one")
+        if self.name.startswith("hf:") and (self.checkpoint is not None or self.model_args):
+            raise ValueError("checkpoint and model_args are for timm's networks: the folder of hf:... says it all")
         return self
 
 

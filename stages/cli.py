@@ -194,5 +194,31 @@ def demo(
     stage.run(out, quick=quick)
 
 
+teacher_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(teacher_app, name="teacher", help="The teacher itself.")
+
+
+@teacher_app.command("check")
+@friendly
+def teacher_check(
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="FILE", help="COCO val2017's 000000039769, .jpg or .png.")
+    ] = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option("--golden", metavar="FOLDER", help="Other values: expected_dinov3.json and the image it names."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare the teacher's features of one image with the published ones; exit code 1 unless they agree."""
+    settings = load(config, sets)
+    from stages import teacher as stage
+
+    stage.check(settings, image=image, golden=golden, as_json=as_json)
+
+
 if __name__ == "__main__":
     app()

@@ -72,9 +72,11 @@ def open_data(workspace: Workspace, config: Config) -> Data:
 
 def asked_teacher(config: Config, layers: int) -> dict[str, Any]:
     """The fields of a cache's teacher that the configuration fixes; `layers`: how many the teacher has."""
+    from pipeline.teacher.huggingface import label
+
     teacher = config.teacher
     asked: dict[str, Any] = {
-        "name": teacher.name,
+        "name": label(teacher.name),
         "image_size": teacher.image_size,
         "view": config.data.view,
         "scales": [{"name": s.name, "grid": s.grid, "layer": _resolved(s.layer, layers)} for s in teacher.scales],
@@ -92,7 +94,11 @@ def _resolved(layer: int, layers: int) -> int:
 
 def _asked_weights(teacher: TeacherConfig) -> dict[str, str]:
     """The teacher itself is not needed here; its file is compared where it is at hand."""
+    from pipeline.teacher.huggingface import asked_origin, is_huggingface
     from pipeline.teacher.weights import weights_origin
+
+    if is_huggingface(teacher.name):
+        return asked_origin(teacher.name, random_weights=teacher.random_weights)
 
     if teacher.checkpoint is None or Path(teacher.checkpoint).is_file():
         path = None if teacher.checkpoint is None else Path(teacher.checkpoint)

@@ -19,6 +19,7 @@ from pipeline.evaluation.records import REFERENCE, TEACHER, Provenance
 from pipeline.evaluation.suite import Subject
 from pipeline.models.dinorankclip import load
 from pipeline.run_folder import RunFolder, read_json, sha256_file
+from pipeline.teacher import huggingface
 from pipeline.teacher.teacher import load_teacher
 
 
@@ -65,11 +66,10 @@ def teacher_subject(
     """The teacher, probed on its `global`.
 
     Args:
-        arguments: of `load_teacher`; with the checkpoint's SHA-256 they are the key.
+        arguments: of `load_teacher`; with the SHA-256 of the checkpoint or hf: folder they are the key.
         view: the geometry shared with training.
     """
-    checkpoint = arguments.get("checkpoint")
-    weights = sha256_file(checkpoint) if checkpoint is not None and Path(checkpoint).is_file() else None
+    weights = _weights_sha256(arguments)
 
     def load_reference() -> Encoder:
         teacher = load_teacher(**arguments)
@@ -87,3 +87,11 @@ def teacher_subject(
         workers=workers,
     )
     return Subject(embedder, Provenance(TEACHER, REFERENCE, checkpoint_sha256=weights), probes_only=True)
+
+
+def _weights_sha256(arguments: Mapping[str, Any]) -> str | None:
+    """Of the teacher's own file or folder; None where it has none on this machine."""
+    name, checkpoint = arguments["name"], arguments.get("checkpoint")
+    if huggingface.is_huggingface(name):
+        return huggingface.asked_origin(name, random_weights=arguments["random_weights"]).get("file_sha256")
+    return sha256_file(checkpoint) if checkpoint is not None and Path(checkpoint).is_file() else None

@@ -1,6 +1,6 @@
-"""From a timm network's layers to token grids: which layers, without which tokens, in which order, at which grid.
+"""From a network's layers to token grids: which layers, without which tokens, in which order, at which grid.
 
-timm's `forward_intermediates` is the one call for all networks; what differs between them is settled here:
+`Layered` is all that a teacher asks of its network. `Backbone` is timm's; transformers' are in huggingface.py. timm's `forward_intermediates` is the one call for all networks; what differs between them is settled here:
 
 * ViTs carry prefix tokens (CLS, registers) before the patch tokens; exactly these are dropped, and CLS is kept apart.
 * The final norm of a ViT is applied to every layer taken. timm keeps it in `norm`, or, for networks that average
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,15 +57,46 @@ def area_pool(tokens: Tensor, grid: int) -> Tensor:
     return tokens.reshape(batch, grid, cell, grid, cell, channels).mean(dim=(2, 4)).reshape(batch, grid**2, channels)
 
 
+class Layered(Protocol):
+    """A frozen network seen as layers of tokens, of whichever library; an `nn.Module`.
+
+    Attributes:
+        model: the library's own module; its state dict is what `weights_sha256` hashes.
+        layers: how many feature layers there are.
+        is_vit: whether its layers are token sequences.
+        has_cls: whether there is a CLS token.
+        norm_name: the final norm that every layer passes, by the name the library gives it, or "none".
+    """
+
+    model: Any
+    layers: int
+    is_vit: bool
+    has_cls: bool
+    norm_name: str
+
+    def stride(self, layer: int) -> int:
+        """Pixels a token of `layer` spans: a ViT's patch, a CNN's reduction."""
+
+    def __call__(self, images: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Run the network as far as needed.
+
+        Args:
+            images: (B, 3, H, W) float32, normalised.
+            layers: non-negative indices, any order, repetitions allowed.
+
+        Returns:
+            layer → (B, G², C) float32 at its native grid, the final norm applied; and CLS of the whole network after
+            the final norm (B, C) float32, or None where there is none.
+        """
+
+
 class Backbone(nn.Module):
-    """A timm network seen as layers of tokens.
+    """A timm network, `Layered`.
 
     Args:
         model: made by `timm.create_model`.
 
     Attributes:
-        layers: how many feature layers there are.
-        is_vit: whether its layers are token sequences (then they pass `final_norm`).
         has_cls: whether there is a CLS token (always the first).
         norm_name: "norm", "fc_norm" or "none", where timm keeps the final norm.
 
@@ -99,20 +130,11 @@ class Backbone(nn.Module):
         return "none"
 
     def stride(self, layer: int) -> int:
-        """Pixels a token of `layer` spans: a ViT's patch, a CNN's reduction."""
+        """See `Layered`."""
         return int(self.model.feature_info[layer]["reduction"])
 
     def forward(self, images: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Run the network as far as needed.
-
-        Args:
-            images: (B, 3, H, W) float32, normalised.
-            layers: non-negative indices, any order, repetitions allowed.
-
-        Returns:
-            layer → (B, G², C) float32 at its native grid, the final norm applied; and CLS of the whole network after
-            the final norm (B, C) float32, or None where there is none.
-        """
+        """See `Layered`."""
         wanted = sorted(set(layers))
         if not self.is_vit:
             images = images.contiguous(memory_format=torch.channels_last)

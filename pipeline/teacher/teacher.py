@@ -1,6 +1,7 @@
-"""The frozen teacher: a timm network, its own normalisation, and named scales of its layers.
+"""The frozen teacher: a network of timm or transformers, its own normalisation, and named scales of its layers.
 
     teacher = load_teacher("vit_base_patch16_dinov3.lvd1689m", image_size=224, scales=[ScaleSpec("fine", -1, 14)])
+    teacher = load_teacher("hf:./dinov3-vitb16", image_size=224, scales=[ScaleSpec("fine", -1, 14)])
     teacher(images)        {"fine": (B, 196, 768), "global": (B, 768)} float32
 
 Legend: B images, S image size, G native grid, g stored grid, C channels.
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from pipeline.cache.layout import GLOBAL, ScaleSpec
 from pipeline.errors import PipeError
-from pipeline.teacher.features import Backbone, allowed_grids, area_pool, resolve_layer
+from pipeline.teacher import huggingface
+from pipeline.teacher.features import Backbone, Layered, allowed_grids, area_pool, resolve_layer
 from pipeline.teacher.weights import create_model, weights_origin, weights_sha256
 
 
@@ -37,8 +39,9 @@ def load_teacher(
 
     Args:
         name: timm name; without `checkpoint` and `random_weights`, timm's pretrained weights of that name are used.
+            Or hf:FOLDER, hf:REPOSITORY: a model of the transformers library, see huggingface.py.
         model_args: further arguments of `timm.create_model`.
-        checkpoint: local .safetensors file, or torch file of tensors; must fit the network key by key.
+        checkpoint: local .safetensors file, or torch file of tensors; must fit the network key by key (timm only).
         random_weights: no weights at all, drawn from `seed`: for trying out the plumbing.
         image_size: S, a multiple of the patch (or of a CNN's stride).
         scales: named layers and grids; layers may repeat, be in any order, and be negative (from the end).
@@ -49,14 +52,23 @@ def load_teacher(
     """
     arguments = dict(model_args or {})
     path = None if checkpoint is None else Path(checkpoint)
-    model = create_model(
-        name, arguments, image_size=image_size, checkpoint=path, random_weights=random_weights, seed=seed
-    )
-    own: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    backbone: Layered
+    if huggingface.is_huggingface(name):
+        found = huggingface.load(
+            name, model_args=arguments, checkpoint=path, random_weights=random_weights, seed=seed
+        )
+        backbone, own, origin = found.backbone, found.normalisation, found.origin
+        name = huggingface.label(name)
+    else:
+        model = create_model(
+            name, arguments, image_size=image_size, checkpoint=path, random_weights=random_weights, seed=seed
+        )
+        backbone, own = Backbone(model), getattr(model, "pretrained_cfg", None) or {}
+        origin = weights_origin(path, random_weights=random_weights)
     return Teacher(
-        model,
+        backbone,
         name=name,
-        origin=weights_origin(path, random_weights=random_weights),
+        origin=origin,
         model_args=arguments,
         image_size=image_size,
         scales=scales,
@@ -77,7 +89,8 @@ class Teacher(nn.Module):
     """Frozen, and in eval mode whatever a parent does (in train mode DINOv3 jitters its position coordinates).
 
     Attributes:
-        name, image_size, mean, std, scales: as asked; the scales' layers resolved to non-negative indices.
+        name, image_size, mean, std, scales: as asked; the scales' layers resolved to non-negative indices, and of a
+            folder's path only the last part kept, so that a cache stays valid when the folder moves.
         widths: scale → C.
         native_grids: scale → G.
         global_width: C of `global`: CLS after the final norm; where there is none, the mean of the tokens of the
@@ -88,7 +101,7 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        backbone: Layered,
         *,
         name: str,
         origin: Mapping[str, str],
@@ -102,8 +115,8 @@ class Teacher(nn.Module):
         self.name, self.model_args, self.image_size = name, dict(model_args), image_size
         self.origin = dict(origin)
         self.mean, self.std = mean, std
-        self.weights_sha256 = weights_sha256(model)
-        self.backbone = Backbone(model)
+        self.weights_sha256 = weights_sha256(backbone.model)
+        self.backbone = backbone
         self.requires_grad_(False)
         self.eval()
         if not scales:

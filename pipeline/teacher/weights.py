@@ -1,4 +1,4 @@
-"""A teacher's weights: from timm's hub page, from a local file, or random; and the hash that identifies them."""
+"""A timm teacher's weights: from timm's hub page, from a local file, or random; and the hash that identifies any."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ LISTED = 3  # keys an error names
 WRAPPERS = ("state_dict", "model")  # under which training scripts keep the weights in a .pth file
 
 
+class WeightsUnavailable(PipeError):
+    """The weights asked for are not on this machine, and cannot be fetched."""
+
+
 def create_model(
     name: str,
     model_args: Mapping[str, Any],
@@ -35,12 +39,6 @@ def create_model(
     seed: int,
 ) -> nn.Module:
     """A timm network with the weights asked for; see `load_teacher`."""
-    if name.startswith("hf:"):
-        raise PipeError(
-            "teachers of the transformers library come in a later version",
-            where=f"teacher.name {name}",
-            fix="use a timm name such as vit_base_patch16_dinov3.lvd1689m",
-        )
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
         raise PipeError(
@@ -71,15 +69,25 @@ def create_model(
 def _pretrained(name: str, model_args: Mapping[str, Any], image_size: int) -> nn.Module:
     other = "set teacher.checkpoint to a local file, or teacher.random_weights=true to try things out"
     if not timm.models.is_model_pretrained(name):
-        raise PipeError("timm knows no pretrained weights of this name", where=f"teacher.name {name}", fix=other)
+        raise WeightsUnavailable("timm knows no pretrained weights of this name", where=f"teacher.name {name}", fix=other)
     log.info("loading the weights of %s (from its hub page on first use)", name)
     try:
+        _look_up(name)
         return _build(name, model_args, image_size, pretrained=True)
     except PipeError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # what hub, network and torch raise here are kinds of these
-        reason = " ".join(str(error).split())[:200]
-        raise PipeError(f"cannot get the weights ({reason})", where=f"teacher.name {name}", fix=other) from error
+        reason = " ".join(str(error).split("\n")[0].split())[:200]
+        raise WeightsUnavailable(f"cannot get the weights ({reason})", where=f"teacher.name {name}", fix=other) from error
+
+
+def _look_up(name: str) -> None:
+    """Fail at once where there is neither a network nor a copy: timm would try again for most of a minute."""
+    page = timm.get_pretrained_cfg(name).hf_hub_id
+    if page:
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(page, allow_patterns=["config.json"])
 
 
 def _build(name: str, model_args: Mapping[str, Any], image_size: int, *, pretrained: bool) -> nn.Module:
@@ -137,7 +145,7 @@ def _first(keys: list[str]) -> str:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file, on the CPU. Nothing in the file is executed."""
     if not path.is_file():
-        raise PipeError("there is no such checkpoint", where=path, fix="correct teacher.checkpoint")
+        raise WeightsUnavailable("there is no such checkpoint", where=path, fix="correct teacher.checkpoint")
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
@@ -157,7 +165,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def weights_origin(checkpoint: Path | None, *, random_weights: bool) -> dict[str, str]:
-    """What a configuration says of the weights, so that it can be compared with a cache where they are not at hand.
+    """What a configuration says of timm weights, to be compared with a cache where they are not at hand.
 
     `origin` is random, checkpoint (then `file_sha256` is the file's hash) or pretrained (timm's, by name).
     """

@@ -1,0 +1,255 @@
+"""`teacher.name: hf:...`: a vision model of the transformers library, from a local folder or from its hub.
+
+    hf:./dinov3-vitb16, hf:/models/dinov3-vitb16, hf:~/dinov3    a folder as `save_pretrained` writes it
+    hf:facebook/dinov3-vitb16-pretrain-lvd1689m                  a repository (or a folder of that name, if there is one)
+
+A repository is downloaded as a folder first, so that both are the same from there on: config.json says which network,
+*.safetensors hold the weights, preprocessor_config.json the normalisation. Nothing in the folder is executed: no
+remote code, no pickles. Weights must fit key by key; the library itself would fill a gap with random numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.console import log
+from pipeline.errors import PipeError
+from pipeline.run_folder import sha256_file
+from pipeline.teacher.features import Layered
+from pipeline.teacher.huggingface_layers import HuggingFaceConvNeXt, HuggingFaceViT
+from pipeline.teacher.weights import WeightsUnavailable
+
+PREFIX = "hf:"
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+CLASSES = {  # model_type → configuration, network
+    "dinov3_vit": ("DINOv3ViTConfig", "DINOv3ViTModel"),
+    "dinov3_convnext": ("DINOv3ConvNextConfig", "DINOv3ConvNextModel"),
+    "dinov2": ("Dinov2Config", "Dinov2Model"),
+    "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
+}
+HEADS = ("classifier.",)  # of a fine-tuned model; the features do not pass through them
+LISTED = 3  # keys an error names
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network with its weights, its own mean and std (empty where the folder does not say), and their origin."""
+
+    backbone: Layered
+    normalisation: Mapping[str, Any]
+    origin: dict[str, str]
+
+
+def is_huggingface(name: str) -> bool:
+    """Whether `teacher.name` names a model of the transformers library."""
+    return name.startswith(PREFIX)
+
+
+def is_path(name: str) -> bool:
+    """Whether what stands behind hf: can only be a folder."""
+    return name.removeprefix(PREFIX).startswith((".", "/", "~"))
+
+
+def label(name: str) -> str:
+    """The name as a cache records it: of a path only the last part, so that the folder may move."""
+    return PREFIX + Path(name.removeprefix(PREFIX)).expanduser().resolve().name if is_path(name) else name
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that `name` means, if it is on this machine."""
+    folder = Path(name.removeprefix(PREFIX)).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def load(
+    name: str, *, model_args: Mapping[str, Any], checkpoint: Path | None, random_weights: bool, seed: int
+) -> Found:
+    """The network that `name` means, in float32, on the CPU.
+
+    Args:
+        name: hf:FOLDER or hf:REPOSITORY.
+        model_args, checkpoint: must be empty; the folder says it all.
+        random_weights: only config.json is used; weights are drawn from `seed`.
+
+    Raises:
+        PipeError: no such folder, no network, a model that is not supported, weights that do not fit.
+    """
+    where = f"teacher.name {name}"
+    if checkpoint is not None:
+        raise PipeError(
+            "teacher.checkpoint is for timm's networks", where=where, fix="name the folder that holds the weights hf:..."
+        )
+    if model_args:
+        raise PipeError("teacher.model_args are for timm's networks", where=where, fix="change the folder's config.json")
+    folder = local_folder(name) or _download(name, with_weights=not random_weights)
+    config = _config(folder)
+    if random_weights:
+        model = _random(config, seed)
+        log.warning("teacher %s has random weights (seed %d): its features say little about images", label(name), seed)
+    else:
+        model = _pretrained(folder, config)
+    is_convnext = config.model_type == "dinov3_convnext"
+    backbone: Layered = HuggingFaceConvNeXt(model) if is_convnext else HuggingFaceViT(model)
+    return Found(backbone, _normalisation(folder), folder_origin(folder, random_weights=random_weights))
+
+
+def folder_origin(folder: Path, *, random_weights: bool) -> dict[str, str]:
+    """`origin`: pretrained or random; `file_sha256`: over the names and hashes of config.json and, if pretrained, of
+    the weights. (The configuration shapes the features too: heads and epsilons leave no trace in the weights.)"""
+    patterns = (CONFIG,) if random_weights else (CONFIG, *WEIGHTS)
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    listed = json.dumps([[path.name, sha256_file(path)] for path in files])
+    return {
+        "origin": "random" if random_weights else "pretrained",
+        "file_sha256": hashlib.sha256(listed.encode()).hexdigest(),
+    }
+
+
+def asked_origin(name: str, *, random_weights: bool) -> dict[str, str]:
+    """What a configuration says of the weights; their hash only where the folder is on this machine."""
+    if folder := local_folder(name):
+        return folder_origin(folder, random_weights=random_weights)
+    if is_path(name):
+        log.info("%s is not on this machine: not compared with the teacher cache's weights", name)
+    return {"origin": "random" if random_weights else "pretrained"}
+
+
+def _download(name: str, *, with_weights: bool) -> Path:
+    """The repository as a local folder, downloaded unless the hub's own cache has it."""
+    if is_path(name):
+        raise WeightsUnavailable("there is no such folder", where=f"teacher.name {name}", fix="correct the path")
+    from huggingface_hub import snapshot_download
+
+    log.info("looking for %s on the hub (downloaded on first use)", name)
+    wanted = [CONFIG, PROCESSOR, *(WEIGHTS if with_weights else ())]
+    try:
+        with _quiet():
+            return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=wanted, ignore_patterns="*/*"))
+    except Exception as error:  # of the hub's library, of its HTTP library, of the system: they share no base
+        reason = " ".join(str(error).split("\n")[0].split())[:200]
+        raise WeightsUnavailable(
+            f"cannot get this model from the hub ({reason})",
+            where=f"teacher.name {name}",
+            fix="fetch its folder where there is a network (gated models: accept their licence and log in first) and "
+            "name it hf:./FOLDER",
+        ) from error
+
+
+def _config(folder: Path) -> Any:
+    """The network's configuration, as the library's own class."""
+    import transformers
+
+    path = folder / CONFIG
+    try:
+        kind = json.loads(path.read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PipeError(
+            f"this folder holds no model of the transformers library ({CONFIG}: {type(error).__name__})",
+            where=folder,
+            fix="name a folder that save_pretrained wrote, or one downloaded from the hub",
+        ) from error
+    if kind not in CLASSES:
+        raise PipeError(
+            f"models of type {kind!r} are no teachers", where=path, fix=f"use one of type {', '.join(CLASSES)}"
+        )
+    try:
+        return getattr(transformers, CLASSES[kind][0]).from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library checks fields by exceptions of its own
+        raise PipeError(f"cannot use this configuration ({_short(error)})", where=path, fix="correct it") from error
+
+
+def _random(config: Any, seed: int) -> Any:
+    import transformers
+
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        return getattr(transformers, CLASSES[config.model_type][1])(config).float()
+
+
+def _pretrained(folder: Path, config: Any) -> Any:
+    import transformers
+
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsUnavailable("there are no *.safetensors in this folder", where=folder, fix="save or download them there")
+    network = getattr(transformers, CLASSES[config.model_type][1])
+    options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    try:
+        with _quiet():
+            model, info = network.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be named below
+                **options,
+            )
+    except Exception as error:  # safetensors, the library and torch share no base either
+        raise PipeError(
+            f"cannot load these weights ({_short(error)})", where=folder, fix="save or download them again"
+        ) from error
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(HEADS)]
+    differences = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": info["mismatched_keys"]}
+    if any(differences.values()):
+        listed = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
+        raise PipeError(
+            f"the weights do not fit {network.__name__} ({listed})",
+            where=folder,
+            fix="use the config.json that belongs to these weights",
+        )
+    return model
+
+
+def _first(keys: Any) -> str:
+    names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _normalisation(folder: Path) -> dict[str, Any]:
+    """mean and std in preprocessor_config.json; empty where there is none, or where it says not to normalise.
+
+    Its sizes and filters are not used: the view is `data.view`, the same for everyone.
+    """
+    path = folder / PROCESSOR
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+        if not values.get("do_normalize", True):
+            return {}
+        return {"mean": values.get("image_mean"), "std": values.get("image_std")}
+    except (ValueError, AttributeError) as error:
+        raise PipeError("cannot read this file", where=path, fix="give teacher.mean and teacher.std") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' own bars and reports: what matters of them becomes an error of ours."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as reports
+
+    level, bars, hub_bars = reports.get_verbosity(), reports.is_progress_bar_enabled(), are_progress_bars_disabled()
+    reports.set_verbosity(logging.CRITICAL)
+    reports.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(level)
+        if bars:
+            reports.enable_progress_bar()
+        if not hub_bars:
+            enable_progress_bars()
