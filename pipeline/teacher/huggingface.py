@@ -4,7 +4,7 @@
     hf:facebook/dinov3-vitb16-pretrain-lvd1689m                  a repository (or a folder of that name, if there is one)
 
 A repository is downloaded as a folder first, so that both are the same from there on: config.json says which network,
-*.safetensors hold the weights, preprocessor_config.json the normalisation. Nothing in the folder is executed: no
+model*.safetensors hold the weights, preprocessor_config.json the normalisation. Nothing in the folder is executed: no
 remote code, no pickles. Weights must fit key by key; the library itself would fill a gap with random numbers.
 """
 
@@ -30,7 +30,7 @@ from pipeline.teacher.weights import WeightsUnavailable
 
 PREFIX = "hf:"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 CLASSES = {  # model_type → configuration, network
     "dinov3_vit": ("DINOv3ViTConfig", "DINOv3ViTModel"),
     "dinov3_convnext": ("DINOv3ConvNextConfig", "DINOv3ConvNextModel"),
@@ -133,8 +133,7 @@ def _download(name: str, *, with_weights: bool) -> Path:
     log.info("looking for %s on the hub (downloaded on first use)", name)
     wanted = [CONFIG, PROCESSOR, *(WEIGHTS if with_weights else ())]
     try:
-        with _quiet():
-            return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=wanted, ignore_patterns="*/*"))
+        return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=wanted, ignore_patterns="*/*"))
     except Exception as error:  # of the hub's library, of its HTTP library, of the system: they share no base
         reason = " ".join(str(error).split("\n")[0].split())[:200]
         raise WeightsUnavailable(
@@ -179,8 +178,8 @@ def _random(config: Any, seed: int) -> Any:
 def _pretrained(folder: Path, config: Any) -> Any:
     import transformers
 
-    if not any(folder.glob("*.safetensors")):
-        raise WeightsUnavailable("there are no *.safetensors in this folder", where=folder, fix="save or download them there")
+    if not any(folder.glob(WEIGHTS[0])):
+        raise WeightsUnavailable(f"there are no {WEIGHTS[0]} in this folder", where=folder, fix="save or download them there")
     network = getattr(transformers, CLASSES[config.model_type][1])
     options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     try:
