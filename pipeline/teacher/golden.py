@@ -118,7 +118,7 @@ def read_golden(folder: Path) -> Golden:
         }
         if not values or not all(numbers for of in values.values() for numbers in of.values()):
             raise ValueError("no values")
-        return Golden(folder / str(stated["image"]).split()[0], values, float(stated["tolerance"]))
+        return Golden(folder / stated["image"].split()[0], values, float(stated["tolerance"]))
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise PipeError(
             f"cannot read golden values ({type(error).__name__}: {error})",
