@@ -1,6 +1,8 @@
 """From a network's layers to token grids: which layers, without which tokens, in which order, at which grid.
 
-`Layered` is all that a teacher asks of its network. `Backbone` is timm's; transformers' are in huggingface.py. timm's `forward_intermediates` is the one call for all networks; what differs between them is settled here:
+`Layered` is all that a teacher asks of its network; `Backbone` is timm's, those of transformers are in
+huggingface_layers.py. timm's `forward_intermediates` is the one call for all its networks; what differs between them is
+settled here:
 
 * ViTs carry prefix tokens (CLS, registers) before the patch tokens; exactly these are dropped, and CLS is kept apart.
 * The final norm of a ViT is applied to every layer taken. timm keeps it in `norm`, or, for networks that average

@@ -1,9 +1,10 @@
 """Is this the DINOv3 that was published? A teacher's numbers for one image, against those its publishers state.
 
 Five numbers of CLS and five of the first patch token, after the final norm, of one COCO photograph at 224 pixels, for
-ViT-S/16 and ViT-B/16 (pretrained on LVD-1689M). We had no such weights: the numbers are taken on trust. Source: huggingface/transformers,
-src/transformers/models/dinov3_vit/convert_dinov3_vit_to_hf.py at commit 0882cbfd (Apache-2.0). The photograph is
-number 39769 of COCO val2017; it is not ours to ship.
+ViT-S/16 and ViT-B/16 (pretrained on LVD-1689M). We had no such weights: the numbers are taken on trust. Source:
+huggingface/transformers, src/transformers/models/dinov3_vit/convert_dinov3_vit_to_hf.py at commit
+0882cbfddd4683cf90cf03bfcb2ee920443889eb (Apache-2.0). The photograph is number 39769 of COCO val2017; it is not ours to
+ship.
 
 The preprocessing is the source's, whatever a cache's view is: pixels to [0, 1], the whole image to 224 x 224
 (bilinear, antialiased, as floats), ImageNet's mean and std.

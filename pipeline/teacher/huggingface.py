@@ -1,7 +1,7 @@
 """`teacher.name: hf:...`: a vision model of the transformers library, from a local folder or from its hub.
 
     hf:./dinov3-vitb16, hf:/models/dinov3-vitb16, hf:~/dinov3    a folder as `save_pretrained` writes it
-    hf:facebook/dinov3-vitb16-pretrain-lvd1689m                  a repository (or a folder of that name, if there is one)
+    hf:facebook/dinov3-vitb16-pretrain-lvd1689m                  a repository (a folder of that name goes first)
 
 A repository is downloaded as a folder first, so that both are the same from there on: config.json says which network,
 model*.safetensors hold the weights, preprocessor_config.json the normalisation. Nothing in the folder is executed: no
@@ -87,10 +87,14 @@ def load(
     where = f"teacher.name {name}"
     if checkpoint is not None:
         raise PipeError(
-            "teacher.checkpoint is for timm's networks", where=where, fix="name the folder that holds the weights hf:..."
+            "teacher.checkpoint is for timm's networks",
+            where=where,
+            fix="name the folder that holds the weights hf:...",
         )
     if model_args:
-        raise PipeError("teacher.model_args are for timm's networks", where=where, fix="change the folder's config.json")
+        raise PipeError(
+            "teacher.model_args are for timm's networks", where=where, fix="change the folder's config.json"
+        )
     folder = local_folder(name) or _download(name, with_weights=not random_weights)
     config = _config(folder)
     if random_weights:
@@ -179,7 +183,9 @@ def _pretrained(folder: Path, config: Any) -> Any:
     import transformers
 
     if not any(folder.glob(WEIGHTS[0])):
-        raise WeightsUnavailable(f"there are no {WEIGHTS[0]} in this folder", where=folder, fix="save or download them there")
+        raise WeightsUnavailable(
+            f"there are no {WEIGHTS[0]} in this folder", where=folder, fix="save or download them there"
+        )
     network = getattr(transformers, CLASSES[config.model_type][1])
     options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     try:
@@ -197,7 +203,11 @@ def _pretrained(folder: Path, config: Any) -> Any:
             f"cannot load these weights ({_short(error)})", where=folder, fix="save or download them again"
         ) from error
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(HEADS)]
-    differences = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": info["mismatched_keys"]}
+    differences = {
+        "missing": info["missing_keys"],
+        "unexpected": unexpected,
+        "of another shape": info["mismatched_keys"],
+    }
     if any(differences.values()):
         listed = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
         raise PipeError(

@@ -54,9 +54,7 @@ def load_teacher(
     path = None if checkpoint is None else Path(checkpoint)
     backbone: Layered
     if huggingface.is_huggingface(name):
-        found = huggingface.load(
-            name, model_args=arguments, checkpoint=path, random_weights=random_weights, seed=seed
-        )
+        found = huggingface.load(name, model_args=arguments, checkpoint=path, random_weights=random_weights, seed=seed)
         backbone, own, origin = found.backbone, found.normalisation, found.origin
         name = huggingface.label(name)
     else:

@@ -69,7 +69,9 @@ def create_model(
 def _pretrained(name: str, model_args: Mapping[str, Any], image_size: int) -> nn.Module:
     other = "set teacher.checkpoint to a local file, or teacher.random_weights=true to try things out"
     if not timm.models.is_model_pretrained(name):
-        raise WeightsUnavailable("timm knows no pretrained weights of this name", where=f"teacher.name {name}", fix=other)
+        raise WeightsUnavailable(
+            "timm knows no pretrained weights of this name", where=f"teacher.name {name}", fix=other
+        )
     log.info("loading the weights of %s (from its hub page on first use)", name)
     try:
         _look_up(name)
@@ -78,7 +80,9 @@ def _pretrained(name: str, model_args: Mapping[str, Any], image_size: int) -> nn
         raise
     except (OSError, RuntimeError, ValueError) as error:  # what hub, network and torch raise here are kinds of these
         reason = " ".join(str(error).split("\n")[0].split())[:200]
-        raise WeightsUnavailable(f"cannot get the weights ({reason})", where=f"teacher.name {name}", fix=other) from error
+        raise WeightsUnavailable(
+            f"cannot get the weights ({reason})", where=f"teacher.name {name}", fix=other
+        ) from error
 
 
 def _look_up(name: str) -> None:

@@ -41,7 +41,9 @@ def randomise(model: nn.Module, seed: int = 0) -> Any:
             if parameter.ndim in (2, 4):
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             elif parameter.ndim == 1:
-                centre = 1.0 if name.endswith("norm.weight") or "norm1.weight" in name or "norm2.weight" in name else 0.0
+                centre = (
+                    1.0 if name.endswith("norm.weight") or "norm1.weight" in name or "norm2.weight" in name else 0.0
+                )
                 parameter.copy_(centre + 0.3 * noise)
             else:
                 parameter.copy_(noise)

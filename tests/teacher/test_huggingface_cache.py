@@ -2,7 +2,8 @@
 
 Tolerance of the caches. The two networks' features differ in their last bits (about 1e-6, see the tests of features),
 so a coefficient that lies on the border of two stored values may fall to either side: one step of int8, one unit in the
-last place of float16 (which near 0 is finer than the difference itself: 1e-5 more), and in few places. The bases, fitted on such features, agree to 1e-4.
+last place of float16 (which near 0 is finer than the difference itself: 1e-5 more), and in few places. The bases agree
+to 1e-4.
 """
 
 from __future__ import annotations

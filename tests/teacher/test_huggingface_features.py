@@ -103,9 +103,7 @@ def test_a_gated_mlp():
     )
 
 
-@pytest.mark.parametrize(
-    ("registers", "name"), [(0, "vit_small_patch14_dinov2"), (4, "vit_small_patch14_reg4_dinov2")]
-)
+@pytest.mark.parametrize(("registers", "name"), [(0, "vit_small_patch14_dinov2"), (4, "vit_small_patch14_reg4_dinov2")])
 def test_dinov2_is_timms(registers: int, name: str):
     model = dinov2(registers, 56)
     other = twin(name, timm_dinov2(model), img_size=56, **VIT_ARGS)

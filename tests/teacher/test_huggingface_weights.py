@@ -129,7 +129,9 @@ def test_a_fine_tuned_classifier_lends_its_body(tmp_path: Path):
     model.dinov2.load_state_dict(body.state_dict())
     model.save_pretrained(tmp_path / "classifier")
     args = {"mean": MEAN, "std": STD, "image_size": 56}
-    assert load(tmp_path / "classifier", **args).weights_sha256 == load(save(body, tmp_path / "b"), **args).weights_sha256
+    assert (
+        load(tmp_path / "classifier", **args).weights_sha256 == load(save(body, tmp_path / "b"), **args).weights_sha256
+    )
 
 
 class _Trap:

@@ -268,7 +268,6 @@ def test_the_fingerprint_resolves_layers_and_knows_their_relative_depth(vit: Tea
         ({"scales": [ScaleSpec("a", 4, 2)]}, r"there is no layer 4.*0 to 3"),
         ({"scales": [ScaleSpec("a", -5, 2)]}, r"there is no layer -5"),
         ({"scales": []}, r"no scale"),
-        ({"name": "hf:someone/model"}, r"transformers.*later"),
         ({"name": "vit_smal_patch16_dinov3_qkvb"}, r"no model 'vit_smal.*did you mean vit_small_patch16_dinov3_qkvb"),
         ({"model_args": {"depht": 3}}, r"cannot make this model.*depht"),
         ({"random_weights": False}, r"cannot get the weights.*teacher.checkpoint.*teacher.random_weights"),
