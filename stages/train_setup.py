@@ -72,7 +72,7 @@ def open_data(workspace: Workspace, config: Config) -> Data:
 
 def asked_teacher(config: Config, layers: int) -> dict[str, Any]:
     """The fields of a cache's teacher that the configuration fixes; `layers`: how many the teacher has."""
-    from pipeline.teacher.huggingface import label
+    from pipeline.teacher.huggingface_folder import label
 
     teacher = config.teacher
     asked: dict[str, Any] = {
@@ -94,7 +94,7 @@ def _resolved(layer: int, layers: int) -> int:
 
 def _asked_weights(teacher: TeacherConfig) -> dict[str, str]:
     """The teacher itself is not needed here; its file is compared where it is at hand."""
-    from pipeline.teacher.huggingface import asked_origin, is_huggingface
+    from pipeline.teacher.huggingface_folder import asked_origin, is_huggingface
     from pipeline.teacher.weights import weights_origin
 
     if is_huggingface(teacher.name):

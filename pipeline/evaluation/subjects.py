@@ -19,7 +19,7 @@ from pipeline.evaluation.records import REFERENCE, TEACHER, Provenance
 from pipeline.evaluation.suite import Subject
 from pipeline.models.dinorankclip import load
 from pipeline.run_folder import RunFolder, read_json, sha256_file
-from pipeline.teacher import huggingface
+from pipeline.teacher.huggingface_folder import asked_origin, is_huggingface
 from pipeline.teacher.teacher import load_teacher
 
 
@@ -92,6 +92,6 @@ def teacher_subject(
 def _weights_sha256(arguments: Mapping[str, Any]) -> str | None:
     """Of the teacher's own file or folder; None where it has none on this machine."""
     name, checkpoint = arguments["name"], arguments.get("checkpoint")
-    if huggingface.is_huggingface(name):
-        return huggingface.asked_origin(name, random_weights=arguments["random_weights"]).get("file_sha256")
+    if is_huggingface(name):
+        return asked_origin(name, random_weights=arguments.get("random_weights", False)).get("file_sha256")
     return sha256_file(checkpoint) if checkpoint is not None and Path(checkpoint).is_file() else None

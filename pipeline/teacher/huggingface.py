@@ -1,8 +1,5 @@
 """`teacher.name: hf:...`: a vision model of the transformers library, from a local folder or from its hub.
 
-    hf:./dinov3-vitb16, hf:/models/dinov3-vitb16, hf:~/dinov3    a folder as `save_pretrained` writes it
-    hf:facebook/dinov3-vitb16-pretrain-lvd1689m                  a repository (a folder of that name goes first)
-
 A repository is downloaded as a folder first, so that both are the same from there on: config.json says which network,
 model*.safetensors hold the weights, preprocessor_config.json the normalisation. Nothing in the folder is executed: no
 remote code, no pickles. Weights must fit key by key; the library itself would fill a gap with random numbers.
@@ -10,7 +7,6 @@ remote code, no pickles. Weights must fit key by key; the library itself would f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -23,14 +19,21 @@ import torch
 
 from pipeline.console import log
 from pipeline.errors import PipeError
-from pipeline.run_folder import sha256_file
 from pipeline.teacher.features import Layered
+from pipeline.teacher.huggingface_folder import (
+    CONFIG,
+    PREFIX,
+    PROCESSOR,
+    WEIGHTS,
+    folder_normalisation,
+    folder_origin,
+    is_path,
+    label,
+    local_folder,
+)
 from pipeline.teacher.huggingface_layers import HuggingFaceConvNeXt, HuggingFaceViT
 from pipeline.teacher.weights import WeightsUnavailable
 
-PREFIX = "hf:"
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 CLASSES = {  # model_type → configuration, network
     "dinov3_vit": ("DINOv3ViTConfig", "DINOv3ViTModel"),
     "dinov3_convnext": ("DINOv3ConvNextConfig", "DINOv3ConvNextModel"),
@@ -48,27 +51,6 @@ class Found:
     backbone: Layered
     normalisation: Mapping[str, Any]
     origin: dict[str, str]
-
-
-def is_huggingface(name: str) -> bool:
-    """Whether `teacher.name` names a model of the transformers library."""
-    return name.startswith(PREFIX)
-
-
-def is_path(name: str) -> bool:
-    """Whether what stands behind hf: can only be a folder."""
-    return name.removeprefix(PREFIX).startswith((".", "/", "~"))
-
-
-def label(name: str) -> str:
-    """The name as a cache records it: of a path only the last part, so that the folder may move."""
-    return PREFIX + Path(name.removeprefix(PREFIX)).expanduser().resolve().name if is_path(name) else name
-
-
-def local_folder(name: str) -> Path | None:
-    """The folder that `name` means, if it is on this machine."""
-    folder = Path(name.removeprefix(PREFIX)).expanduser()
-    return folder if folder.is_dir() else None
 
 
 def load(
@@ -104,28 +86,7 @@ def load(
         model = _pretrained(folder, config)
     is_convnext = config.model_type == "dinov3_convnext"
     backbone: Layered = HuggingFaceConvNeXt(model) if is_convnext else HuggingFaceViT(model)
-    return Found(backbone, _normalisation(folder), folder_origin(folder, random_weights=random_weights))
-
-
-def folder_origin(folder: Path, *, random_weights: bool) -> dict[str, str]:
-    """`origin`: pretrained or random; `file_sha256`: over the names and hashes of config.json and, if pretrained, of
-    the weights. (The configuration shapes the features too: heads and epsilons leave no trace in the weights.)"""
-    patterns = (CONFIG,) if random_weights else (CONFIG, *WEIGHTS)
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    listed = json.dumps([[path.name, sha256_file(path)] for path in files])
-    return {
-        "origin": "random" if random_weights else "pretrained",
-        "file_sha256": hashlib.sha256(listed.encode()).hexdigest(),
-    }
-
-
-def asked_origin(name: str, *, random_weights: bool) -> dict[str, str]:
-    """What a configuration says of the weights; their hash only where the folder is on this machine."""
-    if folder := local_folder(name):
-        return folder_origin(folder, random_weights=random_weights)
-    if is_path(name):
-        log.info("%s is not on this machine: not compared with the teacher cache's weights", name)
-    return {"origin": "random" if random_weights else "pretrained"}
+    return Found(backbone, folder_normalisation(folder), folder_origin(folder, random_weights=random_weights))
 
 
 def _download(name: str, *, with_weights: bool) -> Path:
@@ -202,6 +163,12 @@ def _pretrained(folder: Path, config: Any) -> Any:
         raise PipeError(
             f"cannot load these weights ({_short(error)})", where=folder, fix="save or download them again"
         ) from error
+    _refuse_misfits(folder, network.__name__, info)
+    return model
+
+
+def _refuse_misfits(folder: Path, network: str, info: Mapping[str, Any]) -> None:
+    """`info`: what the library reports of the keys it loaded. It fills gaps with random numbers; we do not."""
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(HEADS)]
     differences = {
         "missing": info["missing_keys"],
@@ -211,11 +178,10 @@ def _pretrained(folder: Path, config: Any) -> Any:
     if any(differences.values()):
         listed = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
         raise PipeError(
-            f"the weights do not fit {network.__name__} ({listed})",
+            f"the weights do not fit {network} ({listed})",
             where=folder,
             fix="use the config.json that belongs to these weights",
         )
-    return model
 
 
 def _first(keys: Any) -> str:
@@ -225,23 +191,6 @@ def _first(keys: Any) -> str:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _normalisation(folder: Path) -> dict[str, Any]:
-    """mean and std in preprocessor_config.json; empty where there is none, or where it says not to normalise.
-
-    Its sizes and filters are not used: the view is `data.view`, the same for everyone.
-    """
-    path = folder / PROCESSOR
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-        if not values.get("do_normalize", True):
-            return {}
-        return {"mean": values.get("image_mean"), "std": values.get("image_std")}
-    except (ValueError, AttributeError) as error:
-        raise PipeError("cannot read this file", where=path, fix="give teacher.mean and teacher.std") from error
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pipeline.cache.layout import GLOBAL, ScaleSpec
 from pipeline.errors import PipeError
-from pipeline.teacher import huggingface
 from pipeline.teacher.features import Backbone, Layered, allowed_grids, area_pool, resolve_layer
+from pipeline.teacher.huggingface import load as load_huggingface
+from pipeline.teacher.huggingface_folder import is_huggingface, label
 from pipeline.teacher.weights import create_model, weights_origin, weights_sha256
 
 
@@ -53,10 +54,10 @@ def load_teacher(
     arguments = dict(model_args or {})
     path = None if checkpoint is None else Path(checkpoint)
     backbone: Layered
-    if huggingface.is_huggingface(name):
-        found = huggingface.load(name, model_args=arguments, checkpoint=path, random_weights=random_weights, seed=seed)
+    if is_huggingface(name):
+        found = load_huggingface(name, model_args=arguments, checkpoint=path, random_weights=random_weights, seed=seed)
         backbone, own, origin = found.backbone, found.normalisation, found.origin
-        name = huggingface.label(name)
+        name = label(name)
     else:
         model = create_model(
             name, arguments, image_size=image_size, checkpoint=path, random_weights=random_weights, seed=seed

@@ -216,3 +216,12 @@ def test_mean_and_std_are_the_folders_unless_given(folder: Path, tmp_path: Path)
     with pytest.raises(PipeError, match=r"no mean for R, G, B.*teacher\.mean"):
         teacher(silent)
     assert teacher(silent, mean=MEAN, std=STD).weights_sha256 == teacher(folder).weights_sha256
+
+
+def test_under_autocast_features_are_float32_and_near(folder: Path):
+    found, x = teacher(folder), images(2, SIZE)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = found(x)
+    for name, value in found(x).items():
+        assert half[name].dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(half[name], value, dim=-1).min() > 0.995

@@ -18,7 +18,7 @@ from tiny_teacher import SCALES, SIZE
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from pipeline.errors import PipeError
-from pipeline.teacher.huggingface import asked_origin, label
+from pipeline.teacher.huggingface_folder import asked_origin, label
 from pipeline.teacher.teacher import Teacher, load_teacher
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
