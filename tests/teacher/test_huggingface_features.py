@@ -6,6 +6,7 @@ to 6 may differ in the last bits. Seen: up to 2.2e-6 over the 12 blocks of a ViT
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,9 @@ def test_mean_and_std_are_the_folders_unless_given(folder: Path, tmp_path: Path)
     assert (list(teacher(folder).mean), list(teacher(folder).std)) == (MEAN, STD)
     assert teacher(folder, mean=(0.5, 0.4, 0.3)).mean == (0.5, 0.4, 0.3)
     silent = save(dinov3_vit(), tmp_path / "silent", normalisation=False)
+    with pytest.raises(PipeError, match=r"no mean for R, G, B.*teacher\.mean"):
+        teacher(silent)
+    (silent / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "image_mean": MEAN}))
     with pytest.raises(PipeError, match=r"no mean for R, G, B.*teacher\.mean"):
         teacher(silent)
     assert teacher(silent, mean=MEAN, std=STD).weights_sha256 == teacher(folder).weights_sha256
