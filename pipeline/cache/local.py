@@ -22,9 +22,13 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.layout import RowArray
-from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, RowOffsets, crc32c, named_rows, open_shard
+from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, crc32c, named_rows, open_shard
 from pipeline.errors import PipeError
 
+NETWORK_DISKS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "afs", "9p", "juicefs"}
+    | {"s3fs", "sshfs", "gcsfuse", "rclone", "weka", "wekafs", "mountpoint-s3", "orangefs", "pvfs2", "quobyte"}
+)
 READS_AT_ONCE = 16  # positioned reads in flight: what hides a network disk's latency
 MERGED_GAP = 64 * 1024  # bytes between two rows that are read ahead in one go
 
@@ -35,7 +39,7 @@ class RowSource(Protocol):
     """Where a `Cache` gets rows from. Picklable; may be forked at any time."""
 
     def gather(self, array: RowArray, rows: np.ndarray, check: bool) -> np.ndarray:
-        """rows (n,) int64, all of state ok, any order, repetitions allowed → (n, ...) as stored; PipeError if damaged."""
+        """rows (n,) int64, all ok, in any order, with repetitions → (n, ...) as stored; PipeError if damaged."""
         ...
 
     def will_need(self, array: RowArray, rows: np.ndarray) -> None:
@@ -246,9 +250,3 @@ def on_network_disk(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> 
         if after and real.is_relative_to(where) and len(where.parts) >= len(found.parts):
             found, kind = where, after.split()[0]
     return kind.removeprefix("fuse.") in NETWORK_DISKS
-
-
-NETWORK_DISKS = frozenset(
-    "nfs nfs4 cifs smb3 smbfs lustre beegfs gpfs ceph glusterfs afs 9p juicefs s3fs sshfs gcsfuse rclone weka wekafs "
-    "mountpoint-s3 orangefs pvfs2 quobyte".split()
-)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.cache import codec, layout
-from pipeline.cache.header import check_document, read_header, read_small
+from pipeline.cache.header import check_document, read_header, read_small, require_covered
 from pipeline.cache.layout import ScaleInfo
 from pipeline.cache.local import LocalShards, RowSource, on_network_disk
 from pipeline.cache.shards import named_rows, read_state, without_crc
@@ -50,6 +50,7 @@ class Cache:
         path, rows, shard_rows, global_width: R, S, C.
         scales: how each scale is stored.
         view, teacher, manifest_fingerprint, settings: what the cache is of.
+        segments: how many rows the cache had when it was set up, and each time it grew; batches never straddle these.
         digest: SHA-256 (hex) of all metadata, basis, steps and baselines.
         steps: scale → (K,) float32 for int8, else None (int8_token: per-token steps come with `read_raw`).
         baselines: `<scale>_gram_mean` (T, T) and `global_mean` (C,), float32.
@@ -62,7 +63,7 @@ class Cache:
         self, path: Path, *, verify: bool = False, access: Access = "auto", max_open: int | None = None
     ) -> None:
         self.path, self.verify = path, verify
-        header, self.digest = read_header(path)
+        header, self.digest, covered = read_header(path)
         self.rows: int = header["rows"]
         self.shard_rows: int = header["shard_rows"]
         self.scales = [ScaleInfo(**scale) for scale in header["scales"]]
@@ -71,15 +72,20 @@ class Cache:
         self.teacher: dict[str, Any] = header["teacher"]
         self.manifest_fingerprint: str = header["manifest_fingerprint"]
         self.settings: dict[str, Any] = header["settings"]
+        self.segments: list[int] = header["segments"]
         self.baseline_losses: dict[str, Any] = header["baseline_losses"]
         self.fidelity: dict[str, Any] = header["fidelity"]
         self.arrays = layout.row_arrays(self.scales, self.global_width)
+        self._based = {s.name for s in self.scales if f"{layout.basis_name(s.name)}/{layout.METADATA}" in covered}
+        names = [*(layout.gram_mean_name(s.name) for s in self.scales), layout.GLOBAL_MEAN]
+        lists = [layout.STATE, layout.SATURATED, layout.CALIBRATION_ROWS, layout.HELDOUT_ROWS]
+        steps = [layout.steps_name(s.name) for s in self.scales if s.dtype == "int8"]
+        require_covered(path, covered, [*(array.name for array in self.arrays), *names, *lists, *steps])
         for array in self.arrays:
             check_document(path, array, self.rows, self.shard_rows)
         self.steps = {
             s.name: read_small(self.path, layout.steps_name(s.name)) if s.dtype == "int8" else None for s in self.scales
         }
-        names = [*(layout.gram_mean_name(s.name) for s in self.scales), layout.GLOBAL_MEAN]
         self.baselines = {name: read_small(self.path, name) for name in names}
         self.calibration_rows = read_small(self.path, layout.CALIBRATION_ROWS)
         self.heldout_rows = read_small(self.path, layout.HELDOUT_ROWS)
@@ -102,11 +108,16 @@ class Cache:
         """Values cut off at ±127 (or at float16's range) so far, by scale."""
         counts = {scale.name: 0 for scale in self.scales}
         for shard in range(self.shards):
-            file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
-            if file.exists():
-                in_shard = np.frombuffer(without_crc(file.read_bytes(), file), "<i8")
-                counts = {name: total + int(n) for (name, total), n in zip(counts.items(), in_shard, strict=True)}
+            counts = {name: total + self.saturated_in(shard)[name] for name, total in counts.items()}
         return counts
+
+    def saturated_in(self, shard: int) -> dict[str, int]:
+        """The same, of one shard; zeros where none has been written."""
+        file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
+        if not file.exists():
+            return {scale.name: 0 for scale in self.scales}
+        counts = np.frombuffer(without_crc(file.read_bytes(), file), "<i8").tolist()
+        return {scale.name: count for scale, count in zip(self.scales, counts, strict=True)}
 
     def refresh(self) -> None:
         """Forget `state` and all open shards, so that rows written since the last look are seen."""
@@ -115,8 +126,7 @@ class Cache:
 
     def basis(self, scale: str) -> np.ndarray | None:
         """V (C, K) float32 of `scale`, or None where every channel was kept."""
-        name = layout.basis_name(scale)
-        return read_small(self.path, name) if (self.path / name).is_dir() else None
+        return read_small(self.path, layout.basis_name(scale)) if scale in self._based else None
 
     def state(self) -> np.ndarray:
         """(R,) uint8: 0 absent, 1 ok, 2 undecodable. Read once; read-only."""
@@ -172,7 +182,9 @@ class Cache:
         wanted = wanted.astype(np.int64)
         outside = wanted[(wanted < 0) | (wanted >= self.rows)]
         if len(outside):
-            raise PipeError(f"the cache has rows 0 to {self.rows - 1:,}; asked for {named_rows(outside)}", where=self.path)
+            raise PipeError(
+                f"the cache has rows 0 to {self.rows - 1:,}; asked for {named_rows(outside)}", where=self.path
+            )
         state = self.state()[wanted]
         if (state != layout.OK).any():
             absent, broken = wanted[state == layout.ABSENT], wanted[state == layout.UNDECODABLE]
