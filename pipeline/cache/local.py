@@ -12,7 +12,7 @@ import mmap
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +31,6 @@ NETWORK_DISKS = frozenset(
 )
 READS_AT_ONCE = 16  # positioned reads in flight: what hides a network disk's latency
 MERGED_GAP = 64 * 1024  # bytes between two rows that are read ahead in one go
-
-StateOfShard = Callable[[int], np.ndarray]
 
 
 class RowSource(Protocol):
@@ -73,15 +71,14 @@ class LocalShards:
     """The shard files below `root`.
 
     Args:
-        states: shard → (up to S,) uint8, the state of its rows.
+        states: which rows are there, and how many a shard has.
         mapped: memory maps, else positioned reads.
         max_open: shard files open at once; the one used longest ago makes room.
     """
 
-    def __init__(
-        self, root: Path, shard_rows: int, states: StateOfShard, *, mapped: bool = True, max_open: int | None = None
-    ) -> None:
-        self.root, self.shard_rows, self.states, self.mapped = root, shard_rows, states, mapped
+    def __init__(self, root: Path, states: States, *, mapped: bool = True, max_open: int | None = None) -> None:
+        self.root, self.states, self.mapped = root, states, mapped
+        self.shard_rows = states.shard_rows
         self.max_open = max_open or _default_open()
         self.forget()
 
@@ -149,7 +146,7 @@ class LocalShards:
             if found is None:
                 while len(self.opened) >= self.max_open:
                     del self.opened[next(iter(self.opened))]
-                ok = np.flatnonzero(self.states(shard) == layout.OK)
+                ok = np.flatnonzero(self.states.of(shard) == layout.OK)
                 found = _Shard(array, array.file(self.root, shard), self.shard_rows, ok, self.mapped)
             self.opened[key] = found
         return found

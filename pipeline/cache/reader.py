@@ -19,7 +19,7 @@ from pipeline.cache import codec, layout
 from pipeline.cache.header import check_document, read_header, read_small, require_covered
 from pipeline.cache.layout import ScaleInfo
 from pipeline.cache.local import LocalShards, RowSource, on_network_disk
-from pipeline.cache.shards import named_rows, read_state, without_crc
+from pipeline.cache.shards import States, named_rows, without_crc
 from pipeline.errors import PipeError
 
 FIX = "run: pipe extract-teacher"
@@ -89,15 +89,12 @@ class Cache:
         self.baselines = {name: read_small(self.path, name) for name in names}
         self.calibration_rows = read_small(self.path, layout.CALIBRATION_ROWS)
         self.heldout_rows = read_small(self.path, layout.HELDOUT_ROWS)
-        self._state: np.ndarray | None = None
+        self._states = States(path, self.rows, self.shard_rows)
         mapped = access == "map" or (access == "auto" and not on_network_disk(path))
-        self.source: RowSource = LocalShards(path, self.shard_rows, self._state_of, mapped=mapped, max_open=max_open)
+        self.source: RowSource = LocalShards(path, self._states, mapped=mapped, max_open=max_open)
 
     def __len__(self) -> int:
         return self.rows
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_state": None}
 
     @property
     def shards(self) -> int:
@@ -121,7 +118,7 @@ class Cache:
 
     def refresh(self) -> None:
         """Forget `state` and all open shards, so that rows written since the last look are seen."""
-        self._state = None
+        self._states.forget()
         self.source.forget()
 
     def basis(self, scale: str) -> np.ndarray | None:
@@ -130,17 +127,7 @@ class Cache:
 
     def state(self) -> np.ndarray:
         """(R,) uint8: 0 absent, 1 ok, 2 undecodable. Read once; read-only."""
-        if self._state is None:
-            state = np.zeros(self.shards * self.shard_rows, np.uint8)
-            for shard in range(self.shards):
-                part = read_state(self.path, shard, self.shard_rows)
-                state[shard * self.shard_rows : (shard + 1) * self.shard_rows] = 0 if part is None else part
-            state.flags.writeable = False
-            self._state = state[: self.rows]
-        return self._state
-
-    def _state_of(self, shard: int) -> np.ndarray:
-        return self.state()[shard * self.shard_rows : (shard + 1) * self.shard_rows]
+        return self._states.all()
 
     def read(self, rows: Any, *, verify: bool | None = None) -> dict[str, np.ndarray]:
         """Coefficients of `rows` (n,) int: scale → (n, T, K) float32, "global" → (n, C) float32.

@@ -83,6 +83,44 @@ def read_state(root: Path, shard: int, shard_rows: int) -> np.ndarray | None:
     return state
 
 
+class States:
+    """The `state` of all rows of a store, read once, at the first question. Picklable, without what was read.
+
+    Args:
+        root: the store.
+        rows: R.
+        shard_rows: S.
+    """
+
+    def __init__(self, root: Path, rows: int, shard_rows: int) -> None:
+        self.root, self.rows, self.shard_rows = root, rows, shard_rows
+        self._state: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_state": None}
+
+    def all(self) -> np.ndarray:
+        """(R,) uint8, read-only."""
+        if self._state is None:
+            shards = -(-self.rows // self.shard_rows)
+            state = np.zeros(shards * self.shard_rows, np.uint8)
+            for shard in range(shards):
+                part = read_state(self.root, shard, self.shard_rows)
+                if part is not None:
+                    state[shard * self.shard_rows : (shard + 1) * self.shard_rows] = part
+            state.flags.writeable = False
+            self._state = state[: self.rows]
+        return self._state
+
+    def of(self, shard: int) -> np.ndarray:
+        """(up to S,) uint8, of one shard's rows."""
+        return self.all()[shard * self.shard_rows : (shard + 1) * self.shard_rows]
+
+    def forget(self) -> None:
+        """Read it again at the next question."""
+        self._state = None
+
+
 class RowOffsets:
     """Where each row of a shard lies in its file, as small as it goes: an epoch opens thousands of shards.
 
