@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.layout import RowArray
-from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, crc32c, named_rows, open_shard
+from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, States, crc32c, named_rows, open_shard
 from pipeline.errors import PipeError
 
 NETWORK_DISKS = frozenset(

@@ -36,12 +36,15 @@ class ShardWork:
         runs: (r,) int64 each: neighbouring rows to extract; a batch never holds rows of two runs.
         kept: (k,) int64: rows that stay as they are, because the cache had them all before it grew.
         extends: whether these are all that the shard holds, so that it stays readable while it is written again.
+        counted_below: values cut off count in rows below this one: those of a run that a limit cuts count when the run
+            is extracted whole, or they would count twice.
     """
 
     shard: int
     runs: tuple[np.ndarray, ...]
     kept: np.ndarray
     extends: bool
+    counted_below: int
 
     @property
     def rows(self) -> int:
@@ -73,14 +76,16 @@ def _work_in(
 ) -> ShardWork:
     """Segment by segment: what the shard holds whole is kept; else it is extracted, from its first row on."""
     there = writer.state_of(index) != ABSENT if writer.intact(index) else np.zeros(len(rows), bool)
-    runs, kept = [], np.zeros(0, np.int64)
+    runs, kept, cut = [], np.zeros(0, np.int64), rows[-1] + 1
     for segment in np.split(rows, np.searchsorted(rows, segments[:-1])):
         wanted = segment if limit is None else segment[segment < limit]
         if len(wanted) and there[segment - rows[0]].all():
             kept = np.concatenate([kept, segment])
         elif len(wanted) and not (len(wanted) < len(segment) and there[wanted - rows[0]].all()):
             runs.append(wanted)
-    return ShardWork(index, tuple(runs), kept, extends=bool(len(kept)) and len(kept) == there.sum())
+            cut = wanted[0] if len(wanted) < len(segment) else cut
+    extends = bool(len(kept)) and len(kept) == there.sum()
+    return ShardWork(index, tuple(runs), kept, extends, int(cut))
 
 
 class ShardEncoder:
@@ -130,7 +135,8 @@ class ShardEncoder:
             self.arrays[name][places] = values.cpu().numpy()
             if token_steps is not None:
                 self.arrays[layout.steps_name(name)][places] = token_steps.cpu().numpy()
-            self.saturated[name] += int(saturated)
+            if batch.rows[0] < self.work.counted_below:
+                self.saturated[name] += int(saturated)
         self.arrays[GLOBAL][places] = to_float16(batch.features[GLOBAL])[0].cpu().numpy()
 
     def publish(self) -> None:
