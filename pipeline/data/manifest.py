@@ -169,6 +169,11 @@ class Manifest:
         return self._table.rows
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether all columns are read where they lie in the file; if not, writing the manifest anew makes it so."""
+        return self._table.is_mapped
+
+    @property
     def root(self) -> Path:
         """Where data.source's files lie."""
         return Path(self.metadata.root)

@@ -12,6 +12,7 @@ the column is first used), is read from its Parquet columns into memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,11 @@ class MappedTable:
             self._columns[name] = self._unpacked(name) if mapped is None else mapped
         return self._columns[name]
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether every column can be mapped: its copy for that is there and whole."""
+        return self._stream is not None and all(self._mapped(name) is not None for name in self.names)
+
     def take(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """(n,) the values of `rows` (n,), in their order; raises IndexError outside the table."""
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
@@ -99,27 +105,30 @@ class MappedTable:
             stream = _open_stream(self.path, place["offset"], place["bytes"])
             if (stream.column_names, stream.num_rows) == (self.names, self.rows):
                 return stream, place["crc32c"]
-        except (ValueError, KeyError, TypeError, OSError, pa.ArrowException):
-            pass
+        except (ValueError, LookupError, TypeError, OSError, pa.ArrowException):
+            pass  # said below
         log.warning("%s: its rows can only be read as Parquet, into memory: damaged, or rewritten?", self.path)
         return None, {}
 
     def _mapped(self, name: str) -> pa.ChunkedArray | None:
-        """The column in the stream, or None; offsets that were damaged would lead Arrow out of its memory."""
+        """The column in the stream, or None: damaged lengths or offsets would lead Arrow out of its memory."""
         if self._stream is None:
             return None
         column = self._stream.column(name)
-        if _checksum(column) == self._checksums.get(name):
-            return column
+        with contextlib.suppress(pa.ArrowException):
+            column.validate()  # lengths fit buffers
+            if _checksum(column) == self._checksums.get(name):
+                return column
         log.warning("%s: the copy of column %s for reading single rows is damaged; reading the other", self.path, name)
         return None
 
     def _unpacked(self, name: str) -> pa.ChunkedArray:
         dictionaries = [name] if name in self._coded else None
         try:
-            return pq.read_table(self.path, columns=[name], read_dictionary=dictionaries).column(0)
+            column = pq.read_table(self.path, columns=[name], read_dictionary=dictionaries).column(0)
         except (pa.ArrowException, OSError) as error:
             raise PipeError(f"cannot read column {name} ({error})", where=self.path, fix="run: pipe index") from error
+        return column.unify_dictionaries()  # Parquet has one in each row group
 
 
 def _with_dictionaries(table: pa.Table, coded: Sequence[str]) -> pa.Table:
@@ -134,7 +143,8 @@ def _write_stream(file: pa.NativeFile, table: pa.Table) -> dict[str, int]:
     file.write(bytes(-file.tell() % ALIGNMENT))
     start = file.tell()
     with pa.ipc.new_stream(file, table.schema) as stream:
-        stream.write_table(table, max_chunksize=GROUP_ROWS)
+        for first in range(0, len(table), GROUP_ROWS):  # a table of a thousand tars comes in a thousand chunks
+            stream.write_table(table.slice(first, GROUP_ROWS).combine_chunks())
     return {"offset": start, "bytes": file.tell() - start}
 
 
@@ -149,6 +159,7 @@ def _checksum(column: pa.ChunkedArray) -> int:
     """CRC-32C of all that Arrow reads of a column: lengths, offsets, values, dictionaries."""
     checksum = 0
     for chunk in column.chunks:
+        checksum = google_crc32c.extend(checksum, np.array([len(chunk), chunk.null_count], "<i8"))
         coded = isinstance(chunk, pa.DictionaryArray)
         for buffer in [*chunk.buffers(), *(chunk.dictionary.buffers() if coded else [])]:
             checksum = google_crc32c.extend(checksum, buffer if buffer is not None else b"")
