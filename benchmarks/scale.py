@@ -2,9 +2,10 @@
 
 The manifest has the shape of CC3M's: tars of 9,000 samples, keys of nine digits, SHA-256, a caption of ten words. The
 cache has two tiny scales and a `global` of 16: what is asked is what rows cost, not bytes. Both are made of random
-numbers in a temporary folder (3.5 GB while it runs) and lie in the page cache. What concerns memory or a first read is
+numbers in a temporary folder (2 GB while it runs) and lie in the page cache. What concerns memory or a first read is
 measured in fresh processes that import the readers and no torch. Rates of the small and the large ones are taken in
-turns in one process, all of their pages mapped before any clock runs.
+turns in one process, all of their pages mapped before any clock runs. The small ones fit the CPU's caches and the large
+ones do not, which slows any reader: np.memmap's fancy indexing of flat files with the same values shows by how much.
 
 Memory, from /proc/self/status: RssAnon is what a process has to itself. RssFile are pages of files that are mapped
 (libraries, the manifest, shards): all processes share them and the system takes them back when it needs to.
@@ -48,10 +49,11 @@ SMALL, LARGE = "small", "large"
 
 @dataclass(frozen=True)
 class Stores:
-    """A manifest and a cache of the same number of rows."""
+    """A manifest and a cache of the same number of rows, and a folder of flat files with the cache's values."""
 
     manifest: Path
     cache: Path
+    flat: Path
 
 
 # --- making them ------------------------------------------------------------------------------------------------------
@@ -91,8 +93,8 @@ def random_manifest(rows: int, seed: int = 0) -> tuple[pa.Table, Metadata]:
     return table, Metadata("/data", None, SplitRule(0.01, False), sources)
 
 
-def build_cache(path: Path, rows: int, seed: int = 0) -> None:
-    """A finished cache of random values."""
+def build_cache(path: Path, flat: Path, rows: int, seed: int = 0) -> None:
+    """A finished cache of random values at `path`, and the same arrays as flat files in `flat`."""
     rng = np.random.default_rng(seed)
     basis, steps = np.eye(64, COMPONENTS, dtype=np.float32), np.full(COMPONENTS, 0.1, np.float32)
     identity = CacheIdentity(
@@ -113,19 +115,23 @@ def build_cache(path: Path, rows: int, seed: int = 0) -> None:
         baseline_losses={},
         fidelity={},
     )
+    flat.mkdir()
     with CacheWriter.create(path, identity, fit, shard_rows=SHARD_ROWS) as writer:
         for shard in range(writer.shards):
             count = len(writer.rows_of(shard))
             arrays = {s.name: rng.integers(-127, 128, (count, s.tokens, COMPONENTS), np.int8) for s in SCALES}
             arrays[layout.GLOBAL] = rng.standard_normal((count, GLOBAL_WIDTH), np.float32).astype(np.float16)
             writer.write_shard(shard, arrays, np.full(count, layout.OK, np.uint8))
+            for name, values in arrays.items():
+                with open(flat / name, "ab") as file:
+                    values.tofile(file)
 
 
 def build(folder: Path, rows: int) -> Stores:
     folder.mkdir()
-    stores = Stores(folder / "manifest.parquet", folder / "teacher.zarr")
+    stores = Stores(folder / "manifest.parquet", folder / "teacher.zarr", folder / "flat")
     write_manifest(stores.manifest, *random_manifest(rows))
-    build_cache(stores.cache, rows)
+    build_cache(stores.cache, stores.flat, rows)
     return stores
 
 
@@ -186,37 +192,48 @@ def whole_columns(stores: Stores) -> Figures:
     return {"rows_seconds": rows, "fingerprint_seconds": fingerprint, "split_sha256_seconds": split} | memory("columns")
 
 
+KINDS = ("record", "captions", "cache", "memmap")
+
+
 def rates(stores: dict[str, Stores], batch: int, rounds: int) -> dict[str, Figures]:
-    """Microseconds a row of random reads, and the ratio of the small ones' rate to the large ones'."""
+    """Microseconds a row of random reads, and ratios of rates."""
     rng = np.random.default_rng(2)
     tasks: dict[str, Callable[[int], object]] = {}
     for name, of_name in stores.items():
-        manifest, cache = read_manifest(of_name.manifest), open_cache(of_name.cache)
+        manifest, cache, maps = read_manifest(of_name.manifest), open_cache(of_name.cache), _flat_maps(of_name)
         for start in range(0, cache.rows, SHARD_ROWS):  # every shard is mapped, every page touched
-            cache.read_raw(np.arange(start, min(start + SHARD_ROWS, cache.rows)))
+            block = np.arange(start, min(start + SHARD_ROWS, cache.rows))
+            stored = cache.read_raw(block)
+            if not all(np.array_equal(values[block], stored[array]) for array, values in maps.items()):
+                raise ValueError("the cache and the flat files differ")
         batches = rng.integers(0, cache.rows, (rounds + 1, batch))
-        tasks[f"{name} cache"] = lambda i, read=cache.read_raw, b=batches: read(b[i])
         tasks[f"{name} record"] = lambda i, read=manifest.record, b=batches: [read(row) for row in b[i].tolist()]
         tasks[f"{name} captions"] = lambda i, read=manifest.captions, b=batches: [read(row) for row in b[i].tolist()]
+        tasks[f"{name} cache"] = lambda i, read=cache.read_raw, b=batches: read(b[i])
+        tasks[f"{name} memmap"] = lambda i, m=maps, b=batches: {array: values[b[i]] for array, values in m.items()}
     timings = interleave(tasks, rounds)
     found: dict[str, Figures] = {}
     for name in stores:
-        kinds = {kind: timings[f"{name} {kind}"] for kind in ("cache", "record", "captions")}
+        kinds = {kind: timings[f"{name} {kind}"] for kind in KINDS}
         found[name] = {f"{kind}_microseconds": timing.median() / batch * 1e6 for kind, timing in kinds.items()}
         for kind, timing in kinds.items():
             found[name][f"ratio_of_{kind}_rate_to_small"] = timings[f"{SMALL} {kind}"].ratio(timing)
+        found[name]["ratio_of_cache_rate_to_memmap"] = kinds["memmap"].ratio(kinds["cache"])
     return found
 
 
-def on_disk(stores: Stores) -> Figures:
-    """Bytes and files of both, counted without any reader of ours."""
-    files = [path for path in stores.cache.rglob("*") if path.is_file()]
-    shards = {
-        path
-        for array in ("fine", "coarse", layout.GLOBAL)
-        for path in (stores.cache / array / "c").rglob("*")
-        if path.is_file()
+def _flat_maps(stores: Stores) -> dict[str, np.ndarray]:
+    cache = open_cache(stores.cache)
+    return {
+        a.name: np.memmap(stores.flat / a.name, a.dtype, "r", shape=(cache.rows, *a.row_shape)) for a in cache.arrays
     }
+
+
+def on_disk(stores: Stores) -> Figures:
+    """Bytes and files of both."""
+    files = [path for path in stores.cache.rglob("*") if path.is_file()]
+    folders = [stores.cache / array.name / "c" for array in open_cache(stores.cache).arrays]
+    shards = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     metadata = [path for path in files if path not in shards]
     parquet = pq.read_metadata(stores.manifest)
     groups = [parquet.row_group(i) for i in range(parquet.num_row_groups)]
@@ -260,9 +277,12 @@ SHOWN: tuple[tuple[str, str, float, str], ...] = (  # line of the table, figure,
     ("random record, µs", "record_microseconds", 1, ",.1f"),
     ("random captions, µs", "captions_microseconds", 1, ",.1f"),
     ("random row of the cache, µs", "cache_microseconds", 1, ",.2f"),
+    ("the same by np.memmap, µs", "memmap_microseconds", 1, ",.2f"),
     ("rate of records / small", "ratio_of_record_rate_to_small", 1, ".2f"),
     ("rate of captions / small", "ratio_of_captions_rate_to_small", 1, ".2f"),
     ("rate of the cache / small", "ratio_of_cache_rate_to_small", 1, ".2f"),
+    ("rate of np.memmap / small", "ratio_of_memmap_rate_to_small", 1, ".2f"),
+    ("rate of the cache / np.memmap", "ratio_of_cache_rate_to_memmap", 1, ".2f"),
 )
 
 
