@@ -6,8 +6,9 @@ Legend: S rows a shard, n rows given.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import google_crc32c
 import numpy as np
@@ -20,6 +21,7 @@ CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 MISSING_CHUNK = 2**64 - 1  # both numbers of an index entry whose chunk does not exist (Zarr v3)
 FIX_SHARD = "run: pipe cache verify --repair"
+MERGED_GAP = 64 * 1024  # bytes between two rows that are read ahead in one go
 NAMED_ROWS = 5  # how many rows an error names
 
 
@@ -143,6 +145,11 @@ class RowOffsets:
         else:
             self.ranks = np.where(present, ranks, 0).astype(np.uint32)
 
+    @property
+    def dense(self) -> bool:
+        """Whether row i lies at i strides."""
+        return self.offsets is None and self.ranks is None
+
     def at(self, slots: np.ndarray) -> np.ndarray:
         """slots (n,) int64 of rows that are there → their offsets (n,) int64."""
         if self.offsets is not None:
@@ -206,6 +213,22 @@ def _open(file: Path) -> int:
         ) from error
     except OSError as error:
         raise PipeError(f"cannot open this shard: {error.strerror}", where=file) from error
+
+
+def refuse_damaged(array: RowArray, root: Any, damaged: np.ndarray, shard_rows: int) -> NoReturn:
+    """The error of rows (n,) whose checksums do not fit."""
+    file = array.file(root, int(damaged[0]) // shard_rows)
+    raise PipeError(f"damaged rows, checksums do not fit: {named_rows(damaged)}", where=file, fix=FIX_SHARD)
+
+
+def runs_of(places: np.ndarray, length: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover chunks of `length` bytes at `places`, near ones merged: what to read ahead in one go."""
+    ordered = np.sort(places)
+    if not len(ordered):
+        return
+    breaks = np.flatnonzero(np.diff(ordered) > length + MERGED_GAP) + 1
+    starts, ends = ordered[np.r_[0, breaks]], ordered[np.r_[breaks - 1, len(ordered) - 1]] + length
+    yield from zip(starts.tolist(), ends.tolist(), strict=True)
 
 
 def named_rows(rows: np.ndarray) -> str:

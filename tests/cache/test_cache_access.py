@@ -15,8 +15,11 @@ import pytest
 from cache_sample import Sample
 
 from pipeline.cache import layout
+from pipeline.cache import mapped as mapped_module
 from pipeline.cache.layout import RowArray
 from pipeline.cache.local import LocalShards, on_network_disk
+from pipeline.cache.mapped import MappedShards
+from pipeline.cache.positioned import PositionedShards
 from pipeline.cache.reader import open_cache
 from pipeline.cache.shards import MISSING_CHUNK, RowOffsets, States, assemble_shard, named_rows, with_crc
 from pipeline.errors import PipeError
@@ -45,8 +48,8 @@ def test_positioned_reads_give_what_maps_give(whole_store: Path, ok_rows: np.nda
             found = read.read_raw(rows, verify=verify)[name]
             assert found.dtype == values.dtype
             np.testing.assert_array_equal(found, values)
-    assert isinstance(read.source, LocalShards)
-    assert all(shard.map is None for shard in read.source.opened.values())
+    assert isinstance(read.source.using, PositionedShards)  # type: ignore[attr-defined]
+    assert isinstance(mapped.source.using, MappedShards)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("access", ["map", "read"])
@@ -109,17 +112,23 @@ def test_threads_share_a_cache_with_few_open_files(access: str, whole_store: Pat
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(cache.source.opened) <= 2  # type: ignore[attr-defined]
+    using = cache.source.using  # type: ignore[attr-defined]
+    assert (using.mapped if access == "map" else len(using.opened)) <= 3  # what a batch needs is never closed
 
 
 @pytest.mark.parametrize("access", ["map", "read"])
 def test_descriptors_are_given_back(access: str, whole_store: Path, ok_rows: np.ndarray) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    def held() -> tuple[int, int]:
+        maps = Path("/proc/self/maps").read_text().count(str(whole_store))
+        return len(os.listdir("/proc/self/fd")), maps
+
+    before = held()
     cache = open_cache(whole_store, access=access)  # type: ignore[arg-type]
     cache.read(ok_rows)
-    assert len(os.listdir("/proc/self/fd")) > before
+    files = 3 * len(cache.arrays)
+    assert held() == (before[0] + files * (access == "read"), before[1] + files * (access == "map"))
     del cache
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert held() == before
 
 
 @pytest.mark.parametrize("access", ["map", "read"])
@@ -153,6 +162,53 @@ def test_reading_ahead_brings_rows_into_memory(tmp_path: Path, sample: Sample) -
         time.sleep(0.02)
     else:
         pytest.fail("rows never came into memory")
+
+
+def test_without_maps_rows_are_read(whole_store: Path, ok_rows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on addresses (ulimit -v) is no reason to fail."""
+
+    def refuse(length: int) -> int:
+        raise mapped_module.NoSpan("Cannot allocate memory")
+
+    expected = open_cache(whole_store).read_raw(ok_rows)
+    monkeypatch.setattr(mapped_module, "_reserve", refuse)
+    for ahead in (True, False):
+        cache = open_cache(whole_store, access="map")
+        if ahead:
+            cache.will_need(ok_rows)
+        for name, values in cache.read_raw(ok_rows, verify=True).items():
+            np.testing.assert_array_equal(values, expected[name])
+        assert isinstance(cache.source.using, PositionedShards)  # type: ignore[attr-defined]
+
+
+def test_addresses_are_refused_by_the_system_not_by_a_crash() -> None:
+    with pytest.raises(mapped_module.NoSpan):
+        mapped_module._reserve(2**62)
+
+
+def test_what_was_used_longest_ago_makes_room(store: Path) -> None:
+    cache = open_cache(store, access="map", max_open=6)
+    using = cache.source.using  # type: ignore[attr-defined]
+    expected = open_cache(store).read_raw([0, 8, 16])
+    for _ in range(2):
+        for place, row in enumerate((0, 8, 16)):
+            for name, values in cache.read_raw([row], verify=True).items():
+                np.testing.assert_array_equal(values[0], expected[name][place])
+            assert using.mapped <= 6
+            assert all(span.mapped[row // 8] for span in using.spans.values())
+
+
+def test_a_shard_with_more_than_its_rows_is_read_another_way(store: Path) -> None:
+    """Other writers may leave holes; no map reaches beyond its place."""
+    array = open_cache(store).arrays[0]
+    file = array.file(store, 0)
+    data = file.read_bytes()
+    index = 16 * 8 + 4
+    file.write_bytes(data[:-index] + bytes(9000) + data[-index:])
+    expected = open_cache(store, access="read").read_raw([0, 7], verify=True)
+    with pytest.raises(PipeError, match=r"more than its rows.*data\.cache_access=read"):
+        open_cache(store, access="map").read_raw([0])
+    assert len(expected["fine"]) == 2
 
 
 # ---- parts of it -----------------------------------------------------------------------------------------------------
