@@ -28,6 +28,9 @@ class DataConfig(Section):
     view: Literal["crop", "squash"] = "crop"
     rows: Literal["all", "cached"] = "all"
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    shuffle: Literal["full", "shards"] = "full"
+    shuffle_buffer: Positive = 8  # shards that `shuffle: shards` mixes
+    cache_access: Literal["auto", "map", "read"] = "auto"  # auto: positioned reads on network disks, else memory maps
     permute_targets: bool = False  # the control `shuffled-cache`
 
 
@@ -65,6 +68,7 @@ class TeacherConfig(Section):
     pca: Positive | None = 256
     dtype: Literal["int8", "int8_token", "float16"] = "int8"
     scales: Annotated[list[ScaleConfig], Field(min_length=1)] = Field(default_factory=_default_scales)
+    compile: bool = False  # torch.compile
     seed: int = 0
 
     @model_validator(mode="after")

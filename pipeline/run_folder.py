@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,23 +112,33 @@ class Workspace:
         return [RunFolder(p) for p in sorted(self.runs.iterdir()) if (p / "record.json").exists()]
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader sees the old file or the whole new one, also after a power cut."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write to. A reader of `path` sees the old file or the whole new one, also after a power cut.
+
+    Raises:
+        PipeError: the disk refuses; nothing is left behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise PipeError(
-            f"cannot write: {error.strerror}", where=path, fix="free some space or fix the permissions"
+            f"cannot write: {error.strerror or error}", where=path, fix="free some space or fix the permissions"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def sync_folder(folder: Path) -> None:

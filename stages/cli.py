@@ -125,13 +125,21 @@ def extract_teacher(
     config: ConfigOption = None,
     sets: SetOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="ROWS", help="Only the first rows.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="I/N", help="Only the I-th of N parts; default: as torchrun or Slurm say."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, metavar="N", help="On this machine; default: one a GPU.")
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Stage one: run the frozen teacher once over every image and store its features."""
     settings = load(config, sets)
+    from pipeline.cache.part import Part
     from stages import extract_teacher as stage
 
-    stage.run(settings, limit=limit)
+    stage.run(settings, limit=limit, part=None if part is None else Part.parse(part), processes=processes)
 
 
 @app.command()

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import torch
+
 from pipeline.cache.layout import GLOBAL, ScaleSpec
+from pipeline.cache.part import Part
+from pipeline.cache.reader import open_cache
 from pipeline.config import Config
 from pipeline.console import log
 from pipeline.data.manifest import read_manifest
+from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace
 from pipeline.teacher.extract import Extraction, Settings, extract, summary
 from pipeline.teacher.teacher import Teacher, load_teacher
+from stages import extract_processes
 
 
-def run(config: Config, limit: int | None = None) -> None:
+def run(config: Config, limit: int | None = None, part: Part | None = None, processes: int | None = None) -> None:
     """Write workspace/teacher.zarr, or go on with it, and print what is in it.
+
+    Args:
+        limit: only the first rows.
+        part: only this part of the shards; None: what the launcher says, else all of them.
+        processes: how many processes this machine starts, each with a part; None: one a GPU, else one.
 
     Raises:
         PipeError: no manifest, no weights, or a cache of something else.
@@ -23,11 +35,40 @@ def run(config: Config, limit: int | None = None) -> None:
     workspace = Workspace(config.workspace)
     manifest = read_manifest(workspace.manifest)
     log.info("manifest: %d rows, %d of them usable", len(manifest), len(manifest.rows()))
-    done = extract(manifest, _teacher(config), workspace.teacher, _settings(config), limit=limit)
+    part = part or _launched()
+    if (count := _processes(part, processes)) > 1:
+        extract_processes.run(config, count, limit)
+        print("\n".join(_report(Extraction(open_cache(workspace.teacher), 0, 0.0))))
+        return
+    settings, device = settings_of(config), _device()
+    done = extract(manifest, load(config), workspace.teacher, settings, limit=limit, part=part, device=device)
     print("\n".join(_report(done)))
 
 
-def _teacher(config: Config) -> Teacher:
+def _launched() -> Part:
+    part, said = Part.of_environment(os.environ)
+    if said:
+        log.info("%s of the shards (%s)", part, said)
+    return part
+
+
+def _processes(part: Part, asked: int | None) -> int:
+    if asked is not None and asked > 1 and not part.whole:
+        raise PipeError(f"this process is {part} already", where="--processes", fix="leave it out")
+    if asked is None and part.whole:
+        return torch.cuda.device_count()
+    return asked or 1
+
+
+def _device() -> str | None:
+    """Processes side by side on one machine take a GPU each, where there are several."""
+    local = next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "")
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(local) % gpus}" if gpus > 1 and local.isdigit() else None
+
+
+def load(config: Config) -> Teacher:
+    """The teacher that a configuration names."""
     teacher = config.teacher
     return load_teacher(
         teacher.name,
@@ -42,7 +83,8 @@ def _teacher(config: Config) -> Teacher:
     )
 
 
-def _settings(config: Config) -> Settings:
+def settings_of(config: Config) -> Settings:
+    """How its features become stored rows."""
     teacher = config.teacher
     return Settings(
         view=config.data.view,
@@ -52,6 +94,7 @@ def _settings(config: Config) -> Settings:
         seed=teacher.seed,
         batch_size=teacher.batch_size,
         workers=config.data.workers,
+        compile=teacher.compile,
     )
 
 

@@ -55,10 +55,12 @@ def open_data(workspace: Workspace, config: Config) -> Data:
                 where=workspace.teacher,
                 fix="run: pipe extract-teacher (or train --fusion none)",
             )
-        cache = open_cache(workspace.teacher, verify=True)  # far cheaper than decoding an image
+        cache = open_cache(
+            workspace.teacher, verify=True, access=config.data.cache_access
+        )  # CRCs: far cheaper than JPEG
         check_matches(
             cache,
-            manifest_fingerprint=manifest.fingerprint(),
+            manifest_fingerprint=manifest.fingerprint(min(cache.rows, len(manifest))),
             teacher=asked_teacher(config, cache.teacher.get("layers", 0)),
             settings=asked_settings(config),
         )
@@ -113,7 +115,9 @@ def asked_settings(config: Config) -> dict[str, Any]:
 
 
 def _cached_rows(cache: Cache, rows: np.ndarray, config: Config) -> np.ndarray:
-    state = cache.state()[rows]
+    state = np.zeros(max(int(rows.max(initial=-1)) + 1, cache.rows), np.uint8)  # the manifest may have grown since
+    state[: cache.rows] = cache.state()
+    state = state[rows]
     absent = int((state == 0).sum())
     if absent and config.data.rows == "all":
         raise PipeError(
@@ -144,7 +148,6 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
 
     from pipeline.training import machine
     from pipeline.training.loop import Training
-    from pipeline.training.sampler import BatchPlan
     from pipeline.training.schedule import parameter_groups
 
     accelerator = Accelerator(
@@ -157,7 +160,7 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
     datasets = _datasets(config, data, objective.model)
     steps_per_epoch = len(data.train_rows) // config.train.batch_size
     total = config.train.max_steps or config.train.epochs * steps_per_epoch
-    plan = BatchPlan(data.train_rows, config.train.batch_size, total, config.train.seed)
+    plan = _plan(config, data, total)
     if accelerator.is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_bytes(folder.config, config.to_yaml().encode())
@@ -166,6 +169,18 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
     wrapped, prepared = accelerator.prepare(objective, optimizer)
     training = Training(accelerator, wrapped, prepared, _settings(config, plan), folder, config.dump(), data.identity())
     return Session(training, plan, datasets, machine.data_workers(config.data.workers, accelerator.num_processes))
+
+
+def _plan(config: Config, data: Data, total_steps: int) -> Any:
+    from pipeline.cache.layout import auto_shard_rows
+    from pipeline.training.sampler import BatchPlan
+
+    # Without a cache there are still tars to be read in sequence: any shard size of a cache will do.
+    shard_rows = auto_shard_rows(0, len(data.manifest)) if data.cache is None else data.cache.shard_rows
+    train, shuffle = config.train, config.data.shuffle
+    return BatchPlan(
+        data.train_rows, train.batch_size, total_steps, train.seed, shuffle, shard_rows, config.data.shuffle_buffer
+    )
 
 
 def build_objective(config: Config, cache: Cache | None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pipeline.cache.layout import CacheIdentity, RowArray, ScaleInfo
 from pipeline.cache.shards import with_crc, without_crc
 from pipeline.cache.store import publish, read_bytes, read_json
 from pipeline.errors import PipeError
+from pipeline.run_folder import sync_folder
 
 SmallArrays = dict[str, tuple[np.ndarray, tuple[str, ...]]]  # name → values, names of the axes
 
@@ -65,6 +66,7 @@ def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None)
     attributes = identity.to_json() | {
         "format": layout.FORMAT,
         "version": layout.VERSION,
+        "segments": [identity.rows],
         "shard_rows": shard_rows or layout.auto_shard_rows(row_bytes, identity.rows),
         "scales": [asdict(info) for info in infos],
         "baseline_losses": dict(fit.baseline_losses),
@@ -75,14 +77,23 @@ def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None)
 
 def write_header(path: Path, attributes: dict[str, Any], small: SmallArrays) -> None:
     """All metadata; `digest.json` last: without it the folder is not a cache and is set up anew."""
-    rows, shard_rows, written = attributes["rows"], attributes["shard_rows"], []
-
-    def write(name: str, data: bytes) -> None:
+    contents = _row_documents(attributes)  # the group's own comes first: by it we know an unfinished cache as ours
+    for name, (values, axes) in small.items():
+        chunk = tuple(max(side, 1) for side in values.shape)
+        document = layout.plain_array_document(values.shape, chunk, values.dtype, axes)
+        contents[f"{name}/{layout.METADATA}"] = layout.json_bytes(document)
+        if values.size:
+            contents[layout.chunk_path(name, 0, values.ndim)] = with_crc(values.tobytes())
+    for name, data in contents.items():
         publish(path, path / name, data)
-        written.append(name)
+    digest = {"sha256": layout.digest_of(path, list(contents), contents), "files": sorted(contents)}
+    publish(path, path / layout.DIGEST, layout.json_bytes(digest))
 
+
+def _row_documents(attributes: dict[str, Any]) -> dict[str, bytes]:
+    """The metadata files that depend on the number of rows, by name."""
+    rows, shard_rows = attributes["rows"], attributes["shard_rows"]
     scales = [ScaleInfo(**scale) for scale in attributes["scales"]]
-    write(layout.METADATA, layout.json_bytes(layout.group_document(attributes)))
     documents = {
         array.name: layout.row_array_document(array, rows, shard_rows)
         for array in layout.row_arrays(scales, attributes["global_width"])
@@ -92,15 +103,40 @@ def write_header(path: Path, attributes: dict[str, Any], small: SmallArrays) -> 
     documents[layout.SATURATED] = layout.plain_array_document(
         shape, (1, len(scales)), np.dtype("<i8"), ("shard", "scale")
     )
-    for name, (values, axes) in small.items():
-        chunk = tuple(max(side, 1) for side in values.shape)
-        documents[name] = layout.plain_array_document(values.shape, chunk, values.dtype, axes)
-        if values.size:
-            write(layout.chunk_path(name, 0, values.ndim), with_crc(values.tobytes()))
-    for name, document in documents.items():
-        write(f"{name}/{layout.METADATA}", layout.json_bytes(document))
-    digest = {"sha256": layout.digest_of(path, written), "files": sorted(written)}
-    publish(path, path / layout.DIGEST, layout.json_bytes(digest))
+    files = {f"{name}/{layout.METADATA}": layout.json_bytes(document) for name, document in documents.items()}
+    return {layout.METADATA: layout.json_bytes(layout.group_document(attributes)), **files}
+
+
+def grow_header(path: Path, identity: CacheIdentity) -> None:
+    """Make room for the rows that a grown manifest has more; nothing that is stored changes.
+
+    Several files have to change together, so all of them are written to `growing.json` first. What is there can be
+    finished by anyone at any time (`finish_growth`); what is not there has changed nothing.
+    """
+    attributes, _, covered = read_header(path)
+    attributes |= {
+        "rows": identity.rows,
+        "manifest_fingerprint": identity.manifest_fingerprint,
+        "segments": [*attributes["segments"], identity.rows],
+    }
+    contents = _row_documents(attributes)
+    digest = {"sha256": layout.digest_of(path, covered, contents), "files": covered}
+    contents[layout.DIGEST] = layout.json_bytes(digest)
+    texts = {name: data.decode() for name, data in contents.items()}
+    publish(path, path / layout.GROWING, layout.json_bytes({"files": texts}))
+    finish_growth(path)
+
+
+def finish_growth(path: Path) -> None:
+    """Put the files of `growing.json` in their places, `digest.json` last; nothing where there is no such file."""
+    journal = path / layout.GROWING
+    if not journal.exists():
+        return
+    texts: dict[str, str] = read_json(journal)["files"]
+    for name in sorted(texts, key=lambda name: name == layout.DIGEST):
+        publish(path, path / name, texts[name].encode())
+    journal.unlink()
+    sync_folder(path)
 
 
 def refuse_foreign(path: Path) -> None:
@@ -132,12 +168,12 @@ def clear_unfinished(path: Path) -> None:
 
 
 def _beside_our_own(path: Path) -> list[Path]:
-    ours = {layout.LOCK, layout.TEMPORARY, layout.METADATA}
+    ours = {layout.LOCK, layout.TEMPORARY, layout.METADATA, layout.GROWING}
     return sorted(entry for entry in path.iterdir() if entry.name not in ours)
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], str]:
-    """The group's attributes and the digest, both checked."""
+def read_header(path: Path) -> tuple[dict[str, Any], str, list[str]]:
+    """The group's attributes, the digest, and the files that it covers; all checked."""
     metadata = path / layout.METADATA
     if not metadata.exists():
         raise PipeError("there is no teacher cache", where=path, fix="run: pipe extract-teacher")
@@ -148,6 +184,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], str]:
     listed = isinstance(files, list) and all(isinstance(name, str) for name in files)
     # The digest is checked before anything is believed; the list itself is part of what it covers.
     if not listed or layout.digest_of(path, files) != recorded.get("sha256"):
+        if (path / layout.GROWING).exists():
+            raise PipeError("this cache is being made larger", where=path, fix="run: pipe extract-teacher")
         raise PipeError(
             "this cache's metadata was altered or damaged (its digest does not fit)",
             where=path,
@@ -158,10 +196,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], str]:
         raise PipeError(
             f"this is not a {layout.FORMAT} of version {layout.VERSION}", where=metadata, fix="extract the cache again"
         )
-    used = {str(file.relative_to(path)) for file in path.glob(f"*/{layout.METADATA}")} | {layout.METADATA}
-    if not used <= set(files):
-        raise PipeError(f"the digest does not cover {sorted(used - set(files))[0]}", where=path)
-    return header, str(recorded["sha256"])
+    header.setdefault("segments", [header["rows"]])  # caches made before they could grow
+    return header, str(recorded["sha256"]), files
+
+
+def require_covered(path: Path, covered: list[str], arrays: Iterable[str]) -> None:
+    """Refuse a cache whose digest leaves out the metadata of an array that is going to be believed."""
+    needed = [layout.METADATA, *(f"{name}/{layout.METADATA}" for name in arrays)]
+    if left_out := sorted(set(needed) - set(covered)):
+        raise PipeError(f"the digest does not cover {left_out[0]}", where=path, fix="extract the cache again")
 
 
 def check_document(path: Path, array: RowArray, rows: int, shard_rows: int) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from pipeline.errors import PipeError
 
 FORMAT, VERSION = "dinorankclip-teacher-cache", 1
 METADATA, DIGEST, LOCK, TEMPORARY = "zarr.json", "digest.json", ".lock", ".tmp"
+GROWING = "growing.json"  # the metadata of a larger cache, while it replaces that of a smaller one
 GLOBAL, STATE, SATURATED, GLOBAL_MEAN = "global", "state", "saturated", "global_mean"
 CALIBRATION_ROWS, HELDOUT_ROWS = "calibration_rows", "heldout_rows"
 
@@ -90,6 +91,8 @@ class CacheIdentity:
         view: {"kind": "crop" | "squash", "size": pixels}.
         manifest_fingerprint: SHA-256 over row, source, key and image hash.
         settings: whatever else shapes the stored numbers (dtype, pca, calibration_rows, seed), JSON-able.
+        prefix_fingerprint: the manifest's fingerprint over its first n rows: how a grown manifest shows that it begins
+            as the one that a smaller cache was made of. None: a smaller cache is of something else.
     """
 
     rows: int
@@ -99,6 +102,7 @@ class CacheIdentity:
     view: Mapping[str, Any]
     manifest_fingerprint: str
     settings: Mapping[str, Any]
+    prefix_fingerprint: Callable[[int], str] | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The identity as the JSON values that the group's attributes hold (tuples become lists)."""
@@ -250,12 +254,16 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def digest_of(root: Path, files: Sequence[str]) -> str:
-    """SHA-256 (hex) over `files`, relative POSIX paths in sorted order: path, NUL, length as 8 bytes LE, content."""
+def digest_of(root: Path, files: Sequence[str], contents: Mapping[str, bytes] | None = None) -> str:
+    """SHA-256 (hex) over `files`, relative POSIX paths in sorted order: path, NUL, length as 8 bytes LE, content.
+
+    Args:
+        contents: of files that are not read from below `root`, by name.
+    """
     total = hashlib.sha256()
     for name in sorted(files):
         try:
-            content = (root / name).read_bytes()
+            content = contents[name] if contents and name in contents else (root / name).read_bytes()
         except (OSError, ValueError) as error:
             raise PipeError(f"cannot read the cache's metadata: {error}", where=root / name) from error
         total.update(name.encode() + b"\0" + len(content).to_bytes(8, "little"))

@@ -1,6 +1,7 @@
-"""Reading a teacher cache: shard files are mapped, their indexes parsed once, and rows copied straight out of the maps.
+"""Reading a teacher cache: what is in it, which rows are there, and their values.
 
 A missing chunk reads as zeros in every Zarr library; this reader raises instead, for every row whose `state` is not 1.
+Where the values come from (memory maps, positioned reads, a remote or compressed store) is a `RowSource`'s business.
 Nothing is opened before the first read, and a `Cache` may be pickled or forked at any time.
 
 Legend: R rows, S rows a shard, T = grid² tokens, K components, C width of `global`, n rows asked for.
@@ -8,36 +9,38 @@ Legend: R rows, S rows a shard, T = grid² tokens, K components, C width of `glo
 
 from __future__ import annotations
 
-import os
-import resource
-import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.cache import codec, layout
-from pipeline.cache.header import check_document, read_header, read_small
-from pipeline.cache.layout import RowArray, ScaleInfo
-from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, ShardMap, crc32c, map_shard, read_state, without_crc
+from pipeline.cache.header import check_document, read_header, read_small, require_covered
+from pipeline.cache.layout import ScaleInfo
+from pipeline.cache.local import LocalShards, RowSource, on_network_disk
+from pipeline.cache.shards import States, named_rows, without_crc
 from pipeline.errors import PipeError
 
 FIX = "run: pipe extract-teacher"
-NAMED_ROWS = 5  # how many rows an error names
+
+Access = Literal["auto", "map", "read"]
 
 
-def open_cache(path: str | Path, *, verify: bool = False, max_maps: int | None = None) -> Cache:
-    """Open the cache at `path`: read its metadata, check its digest, map nothing yet.
+def open_cache(
+    path: str | Path, *, verify: bool = False, access: Access = "auto", max_open: int | None = None
+) -> Cache:
+    """Open the cache at `path`: read its metadata, check its digest, open no shard yet.
 
     Args:
-        verify: check every row's CRC-32C at each read (each shard's index is always checked when it is mapped).
-        max_maps: shard files mapped at once; default a quarter of the open-file limit, since a map holds one.
+        verify: check every row's CRC-32C at each read (each shard's index is always checked when it is opened).
+        access: "map": memory maps; "read": positioned reads, for network disks; "auto": by the kind of disk.
+        max_open: shard files open at once; default a quarter of the open-file limit.
 
     Raises:
         PipeError: no cache there, one that is not finished, of another format, or whose metadata was altered.
     """
-    return Cache(Path(path), verify=verify, max_maps=max_maps)
+    return Cache(Path(path), verify=verify, access=access, max_open=max_open)
 
 
 class Cache:
@@ -47,6 +50,7 @@ class Cache:
         path, rows, shard_rows, global_width: R, S, C.
         scales: how each scale is stored.
         view, teacher, manifest_fingerprint, settings: what the cache is of.
+        segments: how many rows the cache had when it was set up, and each time it grew; batches never straddle these.
         digest: SHA-256 (hex) of all metadata, basis, steps and baselines.
         steps: scale → (K,) float32 for int8, else None (int8_token: per-token steps come with `read_raw`).
         baselines: `<scale>_gram_mean` (T, T) and `global_mean` (C,), float32.
@@ -55,10 +59,11 @@ class Cache:
         calibration_rows, heldout_rows: int64.
     """
 
-    def __init__(self, path: Path, *, verify: bool = False, max_maps: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, verify: bool = False, access: Access = "auto", max_open: int | None = None
+    ) -> None:
         self.path, self.verify = path, verify
-        self.max_maps = max_maps or _default_maps()
-        header, self.digest = read_header(path)
+        header, self.digest, covered = read_header(path)
         self.rows: int = header["rows"]
         self.shard_rows: int = header["shard_rows"]
         self.scales = [ScaleInfo(**scale) for scale in header["scales"]]
@@ -67,34 +72,29 @@ class Cache:
         self.teacher: dict[str, Any] = header["teacher"]
         self.manifest_fingerprint: str = header["manifest_fingerprint"]
         self.settings: dict[str, Any] = header["settings"]
+        self.segments: list[int] = header["segments"]
         self.baseline_losses: dict[str, Any] = header["baseline_losses"]
         self.fidelity: dict[str, Any] = header["fidelity"]
         self.arrays = layout.row_arrays(self.scales, self.global_width)
+        self._based = {s.name for s in self.scales if f"{layout.basis_name(s.name)}/{layout.METADATA}" in covered}
+        names = [*(layout.gram_mean_name(s.name) for s in self.scales), layout.GLOBAL_MEAN]
+        lists = [layout.STATE, layout.SATURATED, layout.CALIBRATION_ROWS, layout.HELDOUT_ROWS]
+        steps = [layout.steps_name(s.name) for s in self.scales if s.dtype == "int8"]
+        require_covered(path, covered, [*(array.name for array in self.arrays), *names, *lists, *steps])
         for array in self.arrays:
             check_document(path, array, self.rows, self.shard_rows)
         self.steps = {
             s.name: read_small(self.path, layout.steps_name(s.name)) if s.dtype == "int8" else None for s in self.scales
         }
-        names = [*(layout.gram_mean_name(s.name) for s in self.scales), layout.GLOBAL_MEAN]
         self.baselines = {name: read_small(self.path, name) for name in names}
         self.calibration_rows = read_small(self.path, layout.CALIBRATION_ROWS)
         self.heldout_rows = read_small(self.path, layout.HELDOUT_ROWS)
-        self._forget()
+        self._states = States(path, self.rows, self.shard_rows)
+        mapped = access == "map" or (access == "auto" and not on_network_disk(path))
+        self.source: RowSource = LocalShards(path, self._states, mapped=mapped, max_open=max_open)
 
     def __len__(self) -> int:
         return self.rows
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in {"_maps", "_state", "_lock", "_pid"}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._maps: dict[tuple[str, int], ShardMap] = {}
-        self._state: np.ndarray | None = None
-        self._lock, self._pid = threading.Lock(), os.getpid()
 
     @property
     def shards(self) -> int:
@@ -105,31 +105,29 @@ class Cache:
         """Values cut off at ±127 (or at float16's range) so far, by scale."""
         counts = {scale.name: 0 for scale in self.scales}
         for shard in range(self.shards):
-            file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
-            if file.exists():
-                in_shard = np.frombuffer(without_crc(file.read_bytes(), file), "<i8")
-                counts = {name: total + int(n) for (name, total), n in zip(counts.items(), in_shard, strict=True)}
+            counts = {name: total + self.saturated_in(shard)[name] for name, total in counts.items()}
         return counts
 
+    def saturated_in(self, shard: int) -> dict[str, int]:
+        """The same, of one shard; zeros where none has been written."""
+        file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
+        if not file.exists():
+            return {scale.name: 0 for scale in self.scales}
+        counts = np.frombuffer(without_crc(file.read_bytes(), file), "<i8").tolist()
+        return {scale.name: count for scale, count in zip(self.scales, counts, strict=True)}
+
     def refresh(self) -> None:
-        """Forget `state` and all maps, so that rows written since the last look are seen."""
-        self._forget()
+        """Forget `state` and all open shards, so that rows written since the last look are seen."""
+        self._states.forget()
+        self.source.forget()
 
     def basis(self, scale: str) -> np.ndarray | None:
         """V (C, K) float32 of `scale`, or None where every channel was kept."""
-        name = layout.basis_name(scale)
-        return read_small(self.path, name) if (self.path / name).is_dir() else None
+        return read_small(self.path, layout.basis_name(scale)) if scale in self._based else None
 
     def state(self) -> np.ndarray:
         """(R,) uint8: 0 absent, 1 ok, 2 undecodable. Read once; read-only."""
-        if self._state is None:
-            state = np.zeros(self.shards * self.shard_rows, np.uint8)
-            for shard in range(self.shards):
-                part = read_state(self.path, shard, self.shard_rows)
-                state[shard * self.shard_rows : (shard + 1) * self.shard_rows] = 0 if part is None else part
-            state.flags.writeable = False
-            self._state = state[: self.rows]
-        return self._state
+        return self._states.all()
 
     def read(self, rows: Any, *, verify: bool | None = None) -> dict[str, np.ndarray]:
         """Coefficients of `rows` (n,) int: scale → (n, T, K) float32, "global" → (n, C) float32.
@@ -152,14 +150,17 @@ class Cache:
         Rows come in the order asked for; duplicates are allowed. Raises as `read` does.
         """
         wanted = self._checked(rows)
-        if os.getpid() != self._pid:  # a fork may have copied a lock that is held
-            self._lock, self._pid = threading.Lock(), os.getpid()
         check = self.verify if verify is None else verify
-        shard_of, slot = np.divmod(wanted, self.shard_rows)
-        order = np.argsort(shard_of, kind="stable")
-        shards, starts = np.unique(shard_of[order], return_index=True)
-        groups = list(zip(shards.tolist(), np.split(order, starts[1:]), strict=True)) if len(wanted) else []
-        return {array.name: self._gather(array, groups, slot, check) for array in self.arrays}
+        return {array.name: self.source.gather(array, wanted, check) for array in self.arrays}
+
+    def will_need(self, rows: Any) -> None:
+        """Begin to read `rows` (n,) from the disk, and return at once: for the batches that come next. Never fails
+        for rows that are not there."""
+        wanted = np.asarray(rows, np.int64)
+        wanted = wanted[(wanted >= 0) & (wanted < self.rows)]
+        wanted = wanted[self.state()[wanted] == layout.OK]
+        for array in self.arrays:
+            self.source.will_need(array, wanted)
 
     def _checked(self, rows: Any) -> np.ndarray:
         wanted = np.asarray(rows)
@@ -168,52 +169,17 @@ class Cache:
         wanted = wanted.astype(np.int64)
         outside = wanted[(wanted < 0) | (wanted >= self.rows)]
         if len(outside):
-            raise PipeError(f"the cache has rows 0 to {self.rows - 1:,}; asked for {_named(outside)}", where=self.path)
+            raise PipeError(
+                f"the cache has rows 0 to {self.rows - 1:,}; asked for {named_rows(outside)}", where=self.path
+            )
         state = self.state()[wanted]
         if (state != layout.OK).any():
             absent, broken = wanted[state == layout.ABSENT], wanted[state == layout.UNDECODABLE]
-            parts = [f"absent {_named(absent)}"] if len(absent) else []
-            parts += [f"undecodable {_named(broken)}"] if len(broken) else []
+            parts = [f"absent {named_rows(absent)}"] if len(absent) else []
+            parts += [f"undecodable {named_rows(broken)}"] if len(broken) else []
             fix = FIX if len(absent) else "leave them out: Cache.state() says which rows are ok"
             raise PipeError(f"rows without teacher features: {'; '.join(parts)}", where=self.path, fix=fix)
         return wanted
-
-    def _gather(
-        self, array: RowArray, groups: list[tuple[int, np.ndarray]], slot: np.ndarray, check: bool
-    ) -> np.ndarray:
-        """Copy the asked rows of one array; groups: (shard, positions in the answer)."""
-        out = np.empty((len(slot), *array.row_shape), array.dtype)
-        size = array.row_bytes
-        target = out.reshape(-1).view(np.uint8).data
-        for shard, positions in groups:
-            shard_map = self._map(array, shard)
-            offsets = shard_map.offsets[slot[positions]]
-            places = zip((positions * size).tolist(), offsets.tolist(), strict=True)
-            if not check:
-                for position, offset in places:
-                    target[position : position + size] = shard_map.data[offset : offset + size]
-                continue
-            sound = [
-                _copy_checked(target[position : position + size], shard_map.data[offset : offset + size + CRC_BYTES])
-                for position, offset in places
-            ]
-            if not all(sound):
-                damaged = shard * self.shard_rows + slot[positions][~np.array(sound)]
-                file = array.file(self.path, shard)
-                raise PipeError(f"damaged rows, checksums do not fit: {_named(damaged)}", where=file, fix=FIX_SHARD)
-        return out
-
-    def _map(self, array: RowArray, shard: int) -> ShardMap:
-        key = (array.name, shard)
-        with self._lock:
-            found = self._maps.pop(key, None)
-            if found is None:
-                while len(self._maps) >= self.max_maps:
-                    del self._maps[next(iter(self._maps))]  # the one used longest ago; unmapped with its last reader
-                ok = self.state()[shard * self.shard_rows : (shard + 1) * self.shard_rows] == layout.OK
-                found = map_shard(array, array.file(self.path, shard), self.shard_rows, np.flatnonzero(ok))
-            self._maps[key] = found
-        return found
 
 
 def check_matches(
@@ -243,24 +209,3 @@ def check_matches(
             where=cache.path,
             fix="extract it again (pipe extract-teacher, into a new workspace), or use the settings it was made with",
         )
-
-
-def _default_maps() -> int:
-    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = 16384  # Linux allows 65,530 maps a process (vm.max_map_count)
-    return most if open_files == resource.RLIM_INFINITY else min(most, max(64, open_files // 4))
-
-
-def _copy_checked(target: memoryview, chunk: memoryview) -> bool:
-    """Copy a chunk's values and say whether their CRC-32C fits; it is taken of the copy, still in the CPU's cache."""
-    size = len(target)
-    target[:] = chunk[:size]
-    return crc32c(target) == int.from_bytes(chunk[size:], "little")
-
-
-def _named(rows: np.ndarray) -> str:
-    """`3 rows (1, 2, 7)` or `90 rows (0, 1, 2, 3, 4, …)`."""
-    distinct = np.unique(rows)
-    listed = ", ".join(str(row) for row in distinct[:NAMED_ROWS])
-    more = ", …" if len(distinct) > NAMED_ROWS else ""
-    return f"{len(distinct):,} row{'s' if len(distinct) != 1 else ''} ({listed}{more})"

@@ -1,15 +1,14 @@
-"""The bytes of a shard: checksums, the index at its end, assembling one in memory and mapping one safely.
+"""The bytes of a shard: checksums, the index at its end, assembling one in memory and opening one safely.
 
 Legend: S rows a shard, n rows given.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import google_crc32c
 import numpy as np
@@ -21,7 +20,9 @@ from pipeline.errors import PipeError
 CRC_BYTES = 4
 INDEX_ENTRY_BYTES = 16
 MISSING_CHUNK = 2**64 - 1  # both numbers of an index entry whose chunk does not exist (Zarr v3)
-FIX_SHARD = "delete this file and run pipe extract-teacher: it writes the shard again"
+FIX_SHARD = "run: pipe cache verify --repair"
+MERGED_GAP = 64 * 1024  # bytes between two rows that are read ahead in one go
+NAMED_ROWS = 5  # how many rows an error names
 
 
 def crc32c(data: Any) -> int:
@@ -71,14 +72,6 @@ def index_bytes(shard_rows: int) -> int:
     return shard_rows * INDEX_ENTRY_BYTES + CRC_BYTES
 
 
-@dataclass(frozen=True)
-class ShardMap:
-    """A mapped shard file: its bytes and each row's offset in them (S,) int64, -1 where the row has no chunk."""
-
-    data: memoryview
-    offsets: np.ndarray
-
-
 def read_state(root: Path, shard: int, shard_rows: int) -> np.ndarray | None:
     """(S,) uint8, the state of one shard's rows (the last shard padded with zeros), or None where none is written."""
     file = root / layout.chunk_path(layout.STATE, shard, 1)
@@ -92,35 +85,155 @@ def read_state(root: Path, shard: int, shard_rows: int) -> np.ndarray | None:
     return state
 
 
-def map_shard(array: RowArray, file: Path, shard_rows: int, ok_rows: np.ndarray) -> ShardMap:
-    """Map one shard after checking that all it promises lies within it: beyond a file's end a map kills the process."""
+class States:
+    """The `state` of all rows of a store, read once, at the first question. Picklable, without what was read.
+
+    Args:
+        root: the store.
+        rows: R.
+        shard_rows: S.
+    """
+
+    def __init__(self, root: Path, rows: int, shard_rows: int) -> None:
+        self.root, self.rows, self.shard_rows = root, rows, shard_rows
+        self._state: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_state": None}
+
+    def all(self) -> np.ndarray:
+        """(R,) uint8, read-only."""
+        if self._state is None:
+            shards = -(-self.rows // self.shard_rows)
+            state = np.zeros(shards * self.shard_rows, np.uint8)
+            for shard in range(shards):
+                part = read_state(self.root, shard, self.shard_rows)
+                if part is not None:
+                    state[shard * self.shard_rows : (shard + 1) * self.shard_rows] = part
+            state.flags.writeable = False
+            self._state = state[: self.rows]
+        return self._state
+
+    def of(self, shard: int) -> np.ndarray:
+        """(up to S,) uint8, of one shard's rows."""
+        return self.all()[shard * self.shard_rows : (shard + 1) * self.shard_rows]
+
+    def forget(self) -> None:
+        """Read it again at the next question."""
+        self._state = None
+
+
+class RowOffsets:
+    """Where each row of a shard lies in its file, as small as it goes: an epoch opens thousands of shards.
+
+    Args:
+        offsets: (S,) int64 bytes, -1 where the row has no chunk.
+        stride: bytes of a chunk with its checksum. Where all offsets are multiples of it (our own writer's always are),
+            their ranks are kept in 4 bytes each, or not at all where rank and slot are the same.
+    """
+
+    def __init__(self, offsets: np.ndarray, stride: int) -> None:
+        self.stride = stride
+        self.offsets: np.ndarray | None = None
+        self.ranks: np.ndarray | None = None
+        if np.array_equal(offsets, np.arange(len(offsets), dtype=np.int64) * stride):
+            return
+        ranks, rest = np.divmod(offsets, stride)
+        present = offsets >= 0
+        if rest[present].any() or (ranks[present] >= 2**32).any():
+            self.offsets = offsets
+        else:
+            self.ranks = np.where(present, ranks, 0).astype(np.uint32)
+
+    @property
+    def dense(self) -> bool:
+        """Whether row i lies at i strides."""
+        return self.offsets is None and self.ranks is None
+
+    def at(self, slots: np.ndarray) -> np.ndarray:
+        """slots (n,) int64 of rows that are there → their offsets (n,) int64."""
+        if self.offsets is not None:
+            return self.offsets[slots]
+        if self.ranks is not None:
+            return self.ranks[slots].astype(np.int64) * self.stride
+        return slots * self.stride
+
+
+def open_shard(array: RowArray, file: Path, shard_rows: int, ok_rows: np.ndarray) -> tuple[int, int, RowOffsets]:
+    """Open a shard file after checking that all it promises lies within it: beyond a map's end lies SIGBUS.
+
+    Args:
+        ok_rows: (m,) slots of the rows that `state` promises.
+
+    Returns:
+        a file descriptor that the caller closes, the file's size, and where its rows lie.
+
+    Raises:
+        PipeError: the file is missing, cut short or unreadable, or its index is damaged or lies.
+    """
     stride, index_size = array.row_bytes + CRC_BYTES, index_bytes(shard_rows)
     least = len(ok_rows) * stride + index_size
+    handle = _open(file)
     try:
-        handle = os.open(file, os.O_RDONLY)
+        size = os.fstat(handle).st_size
+        if size < least:
+            raise PipeError(f"this shard was cut short: {size:,} of {least:,} bytes", where=file, fix=FIX_SHARD)
+        index = os.pread(handle, index_size, size - index_size)
+        offsets = parse_index(index, file, size, stride)
+        if (offsets[ok_rows] < 0).any():
+            lost = int((offsets[ok_rows] < 0).sum())
+            raise PipeError(f"{lost} rows are marked ok but have no chunk", where=file, fix=FIX_SHARD)
+        return handle, size, RowOffsets(offsets, stride)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def parse_index(index: bytes, where: Any, size: int, stride: int) -> np.ndarray:
+    """The index of a shard of `size` bytes → (S,) int64 offsets, -1 where a row has no chunk.
+
+    Raises:
+        PipeError: its checksum does not fit, or an entry is no chunk of `stride` bytes within the file.
+    """
+    entries = np.frombuffer(without_crc(index, where), "<u8").reshape(-1, 2)
+    missing = (entries == MISSING_CHUNK).all(axis=1)
+    room = size - len(index) - stride  # the last offset at which a chunk may begin
+    sound = missing | ((entries[:, 0] <= np.uint64(max(room, 0))) & (entries[:, 1] == stride) & (room >= 0))
+    if not sound.all():
+        raise PipeError("this shard's index points outside it", where=where, fix=FIX_SHARD)
+    return np.where(missing, np.int64(-1), entries[:, 0].astype(np.int64))
+
+
+def _open(file: Path) -> int:
+    try:
+        return os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError as error:
         raise PipeError(
             "a shard that `state` promises is missing", where=file, fix="run: pipe extract-teacher"
         ) from error
     except OSError as error:
         raise PipeError(f"cannot open this shard: {error.strerror}", where=file) from error
-    try:
-        size = os.fstat(handle).st_size
-        if size < least:
-            raise PipeError(f"this shard was cut short: {size:,} of {least:,} bytes", where=file, fix=FIX_SHARD)
-        index = os.pread(handle, index_size, size - index_size)
-        entries = np.frombuffer(without_crc(index, file), "<u8").reshape(shard_rows, 2)
-        data = memoryview(mmap.mmap(handle, size, access=mmap.ACCESS_READ))
-    finally:
-        os.close(handle)
-    missing = (entries == MISSING_CHUNK).all(axis=1)
-    beyond = np.uint64(size - index_size - stride) if size >= index_size + stride else np.uint64(0)
-    sound = missing | ((entries[:, 0] <= beyond) & (entries[:, 1] == stride))
-    if not sound.all():
-        raise PipeError("this shard's index points outside it", where=file, fix=FIX_SHARD)
-    if missing[ok_rows].any():
-        raise PipeError(
-            f"{int(missing[ok_rows].sum())} rows are marked ok but have no chunk", where=file, fix=FIX_SHARD
-        )
-    offsets = np.where(missing, np.int64(-1), entries[:, 0].astype(np.int64))
-    return ShardMap(data, offsets)
+
+
+def refuse_damaged(array: RowArray, root: Any, damaged: np.ndarray, shard_rows: int) -> NoReturn:
+    """The error of rows (n,) whose checksums do not fit."""
+    file = array.file(root, int(damaged[0]) // shard_rows)
+    raise PipeError(f"damaged rows, checksums do not fit: {named_rows(damaged)}", where=file, fix=FIX_SHARD)
+
+
+def runs_of(places: np.ndarray, length: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover chunks of `length` bytes at `places`, near ones merged: what to read ahead in one go."""
+    ordered = np.sort(places)
+    if not len(ordered):
+        return
+    breaks = np.flatnonzero(np.diff(ordered) > length + MERGED_GAP) + 1
+    starts, ends = ordered[np.r_[0, breaks]], ordered[np.r_[breaks - 1, len(ordered) - 1]] + length
+    yield from zip(starts.tolist(), ends.tolist(), strict=True)
+
+
+def named_rows(rows: np.ndarray) -> str:
+    """`3 rows (1, 2, 7)` or `90 rows (0, 1, 2, 3, 4, …)`."""
+    distinct = np.unique(rows)
+    listed = ", ".join(str(row) for row in distinct[:NAMED_ROWS])
+    more = ", …" if len(distinct) > NAMED_ROWS else ""
+    return f"{len(distinct):,} row{'s' if len(distinct) != 1 else ''} ({listed}{more})"

@@ -1,12 +1,10 @@
-"""Files of a store: written whole or not at all, by one process at a time, and read with errors that say which file."""
+"""Files of a store: written whole or not at all, and read with errors that say which file."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -51,27 +49,6 @@ def _make_folders(root: Path, folder: Path) -> None:
     _make_folders(root, folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
-
-
-def take_lock(path: Path) -> int:
-    """An exclusive lock on the store that ends with this process; the file says who holds it."""
-    try:
-        handle = os.open(path / layout.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise PipeError(f"cannot write here: {error.strerror}", where=path, fix="fix the permissions") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-        os.close(handle)
-        raise PipeError(
-            f"another extraction is writing to this cache ({holder or 'unknown process'})",
-            where=path,
-            fix="wait for it to end, or stop it; it can be resumed",
-        ) from error
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return handle
 
 
 def _guarded(read: Callable[[Path], Any], file: Path) -> Any:

@@ -7,9 +7,8 @@ last of its files: state 1 implies published data, and a shard without it is wri
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,81 +17,112 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.codec import ScaleCodec
-from pipeline.cache.header import CacheFit, build_header, clear_unfinished, refuse_foreign, write_header
+from pipeline.cache.header import (
+    CacheFit,
+    build_header,
+    clear_unfinished,
+    finish_growth,
+    grow_header,
+    refuse_foreign,
+    write_header,
+)
 from pipeline.cache.layout import CacheIdentity, ScaleInfo
+from pipeline.cache.locks import StoreLock
+from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_state, with_crc
-from pipeline.cache.store import publish, take_lock
+from pipeline.cache.store import publish
 from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
 
 
 class CacheWriter:
-    """The one writer of a cache. Use `create` or `resume`, then `write_shard` for each of `missing`; a context manager.
+    """Writes shards of a cache. Use `create` or `resume`, then `write_shard` for each of `missing`; a context manager.
+
+    Several writers may share a cache, each with a part of its shards; one that another process writes is refused.
 
     Attributes:
         path, rows, shard_rows, shards: the store and its sizes (`shards` is their count).
+        part: which shards are this writer's.
         codecs: scale → the codec that the store was set up with; encode with these, also after a resume.
     """
 
-    def __init__(self, path: Path, lock: int) -> None:
-        self._lock: int | None = lock
+    def __init__(self, path: Path, lock: StoreLock, part: Part) -> None:
         cache = open_cache(path)
         self.path, self.rows, self.shard_rows, self.shards = path, cache.rows, cache.shard_rows, cache.shards
-        self.arrays, self.scales = cache.arrays, cache.scales
+        self.arrays, self.scales, self.part = cache.arrays, cache.scales, part
         self.codecs = {s.name: _stored_codec(cache, s) for s in cache.scales}
-        shutil.rmtree(path / layout.TEMPORARY, ignore_errors=True)  # left by a writer that was killed; the lock is ours
+        if (held := lock.claim(part.shards(self.shards))) is not None:
+            raise _busy(path, lock, f"writing shard {held} of this cache")
+        self._lock: StoreLock | None = lock
 
     @classmethod
-    def resume(cls, path: str | Path, identity: CacheIdentity) -> CacheWriter | None:
+    def resume(cls, path: str | Path, identity: CacheIdentity, part: Part | None = None) -> CacheWriter | None:
         """Go on with the cache at `path`; None where none has been set up (calibrate, then `create`).
 
+        A cache of the first rows of the same manifest is made larger.
+
         Raises:
-            PipeError: the cache there is of something else (the field is named), or another process writes to it.
+            PipeError: the cache there is of something else (the field is named), or another process writes its shards.
         """
-        path = Path(path)
+        path, part = Path(path), part or Part()
         if not (path / layout.DIGEST).exists():
             return None
-        lock = take_lock(path)
+        lock = StoreLock(path, "" if part.whole else str(part))
         try:
-            _refuse_other(open_cache(path), identity)
-            return cls(path, lock)
+            _share(path, lock, identity)
+            return cls(path, lock, part)
         except BaseException:
-            os.close(lock)
+            lock.close()
             raise
 
     @classmethod
     def create(
-        cls, path: str | Path, identity: CacheIdentity, fit: CacheFit, *, shard_rows: int | None = None
-    ) -> CacheWriter:
+        cls,
+        path: str | Path,
+        identity: CacheIdentity,
+        fit: CacheFit | Callable[[], CacheFit],
+        *,
+        shard_rows: int | None = None,
+        part: Part | None = None,
+    ) -> CacheWriter | None:
         """Set a cache up (all metadata, `digest.json` last), or resume the one that is there, which then keeps its fit.
 
         Args:
+            fit: what was fitted, or a function that fits it; called while no other process can set the cache up.
             shard_rows: rows a shard; default by bytes, 512 to 4,096.
+            part: which shards to write.
+
+        Returns:
+            None where another process is setting the cache up and this one is only a part: wait, and call again.
 
         Raises:
             PipeError: as `resume`; also where the folder holds something that is not a cache, or cannot be written.
         """
-        path = Path(path)
-        resumed = cls.resume(path, identity)
+        path, part = Path(path), part or Part()
+        resumed = cls.resume(path, identity, part)
         if resumed is not None:
             return resumed
-        header, small = build_header(identity, fit, shard_rows)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PipeError(f"cannot make the cache's folder: {error.strerror}", where=path) from error
         refuse_foreign(path)
-        lock = take_lock(path)
+        lock = StoreLock(path, "" if part.whole else str(part))
         try:
-            if (path / layout.DIGEST).exists():  # set up by another process since we looked
-                _refuse_other(open_cache(path), identity)
-            else:
+            if not lock.exclusive():
+                if part.whole:
+                    raise _busy(path, lock, "setting this cache up")
+                lock.close()
+                return None
+            if not (path / layout.DIGEST).exists():  # else set up by another process since we looked
                 clear_unfinished(path)
+                header, small = build_header(identity, fit() if callable(fit) else fit, shard_rows)
                 write_header(path, header, small)
-            return cls(path, lock)
+            _share(path, lock, identity)
+            return cls(path, lock, part)
         except BaseException:
-            os.close(lock)
+            lock.close()
             raise
 
     def __enter__(self) -> CacheWriter:
@@ -106,7 +136,7 @@ class CacheWriter:
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 (self.path / layout.TEMPORARY).rmdir()
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def rows_of(self, index: int) -> range:
@@ -117,13 +147,11 @@ class CacheWriter:
 
     def done(self, index: int) -> bool:
         """Whether every row of the shard has been dealt with and all its files are there, whole."""
-        try:
-            state = read_state(self.path, index, self.shard_rows)
-        except PipeError:
-            return False
-        if state is None or (state[: len(self.rows_of(index))] == layout.ABSENT).any():
-            return False
-        ok = int((state == layout.OK).sum())
+        return not (self.state_of(index) == layout.ABSENT).any() and self.intact(index)
+
+    def intact(self, index: int) -> bool:
+        """Whether the files of all rows that the shard's state promises are there, and none is cut short."""
+        ok = int((self.state_of(index) == layout.OK).sum())
         for array in self.arrays:
             file = array.file(self.path, index)
             least = ok * (array.row_bytes + CRC_BYTES) + index_bytes(self.shard_rows)
@@ -131,13 +159,24 @@ class CacheWriter:
                 return False
         return True
 
+    def state_of(self, index: int) -> np.ndarray:
+        """(n,) uint8, the state of the shard's rows; all absent where it is not written, or damaged."""
+        n = len(self.rows_of(index))
+        try:
+            state = read_state(self.path, index, self.shard_rows)
+        except PipeError:
+            state = None
+        return np.full(n, layout.ABSENT, np.uint8) if state is None else state[:n]
+
     @property
     def finished(self) -> list[int]:
+        """Shards of the whole cache that are done, whoever wrote them."""
         return [index for index in range(self.shards) if self.done(index)]
 
     @property
     def missing(self) -> list[int]:
-        return [index for index in range(self.shards) if not self.done(index)]
+        """Shards of this writer's part that are not done."""
+        return [index for index in self.part.shards(self.shards) if not self.done(index)]
 
     @property
     def saturated(self) -> dict[str, int]:
@@ -150,14 +189,18 @@ class CacheWriter:
         arrays: Mapping[str, np.ndarray],
         state: np.ndarray,
         saturated: Mapping[str, int] | None = None,
+        *,
+        extends: bool = False,
     ) -> None:
-        """Publish one whole shard.
+        """Publish one whole shard. May be called from another thread, one call at a time.
 
         Args:
             arrays: scale → (n, T, K) in the stored dtype, "<scale>_steps" (n, T) float32 for int8_token scales,
                 "global" (n, C) float16, with n = len(rows_of(index)). Rows whose state is not 1 are not stored.
             state: (n,) uint8.
             saturated: values cut off in this shard, by scale.
+            extends: the rows that the shard holds already are among `arrays`, byte for byte; they stay readable
+                throughout. Else the shard promises nothing while it is replaced.
 
         Raises:
             ValueError: names, shapes or dtypes are not the store's.
@@ -169,7 +212,7 @@ class CacheWriter:
         present = np.zeros(self.shard_rows, bool)
         present[: len(state)] = state == layout.OK
         state_file = self.path / layout.chunk_path(layout.STATE, index, 1)
-        if state_file.exists():  # a shard written in part before: while it is replaced, it promises nothing
+        if state_file.exists() and not extends:
             state_file.unlink()
             sync_folder(state_file.parent)
         for array in self.arrays:
@@ -206,7 +249,31 @@ class CacheWriter:
         return state
 
 
-def _refuse_other(cache: Cache, identity: CacheIdentity) -> None:
+def _share(path: Path, lock: StoreLock, identity: CacheIdentity) -> None:
+    """Become one of the writers of a cache that has been set up: tidy and grow it if nobody else is at it."""
+    if not lock.exclusive():
+        if not lock.shared():
+            raise _busy(path, lock, "changing this cache")
+        if _refuse_other(open_cache(path), identity):
+            raise _busy(path, lock, "writing to this cache, which has to be made larger")
+        return
+    finish_growth(path)
+    if _refuse_other(open_cache(path), identity):
+        grow_header(path, identity)
+    shutil.rmtree(path / layout.TEMPORARY, ignore_errors=True)  # left by writers that were killed
+    lock.shared()
+
+
+def _busy(path: Path, lock: StoreLock, what: str) -> PipeError:
+    return PipeError(
+        f"another extraction is {what} ({lock.holders()})",
+        where=path,
+        fix="wait for it to end, or stop it; it can be resumed",
+    )
+
+
+def _refuse_other(cache: Cache, identity: CacheIdentity) -> bool:
+    """Whether the cache is to grow to `identity`; PipeError where it is of something else."""
     found: dict[str, Any] = {
         "rows": cache.rows,
         "scales": [asdict(scale.spec) for scale in cache.scales],
@@ -217,8 +284,12 @@ def _refuse_other(cache: Cache, identity: CacheIdentity) -> None:
         "settings": cache.settings,
     }
     asked = identity.to_json()
+    prefix = identity.prefix_fingerprint
+    grows = identity.rows > cache.rows and prefix is not None and prefix(cache.rows) == cache.manifest_fingerprint
     for side in (asked, found):  # by hub name or from a file: it is the weights' own hash that counts
         side["teacher"] = {key: value for key, value in side["teacher"].items() if key != "weights"}
+        if grows:
+            del side["rows"], side["manifest_fingerprint"]
     difference = layout.first_difference(asked, found, whole=True)
     if difference:
         raise PipeError(
@@ -226,6 +297,7 @@ def _refuse_other(cache: Cache, identity: CacheIdentity) -> None:
             where=cache.path,
             fix="move it away, or use the settings it was made with",
         )
+    return grows
 
 
 def _stored_codec(cache: Cache, scale: ScaleInfo) -> ScaleCodec:

@@ -96,7 +96,7 @@ def build_manifest(
     metadata = _metadata(found, found_val, rule, todo, scans)
     rows = _number(_assign(scans, rule, old), old)
     _refuse_empty(rows, metadata, source, val_source)
-    if old is None or len(rows) > len(old) or metadata != old.metadata:
+    if old is None or len(rows) > len(old) or metadata != old.metadata or not old.is_mapped:
         write(Path(out), rows, metadata)
     return _summary(read_manifest(Path(out)), added=len(rows) - (len(old) if old else 0), started=started)
 

@@ -1,15 +1,18 @@
 """Stage one: the frozen teacher looks at every image once, and what it saw is stored.
 
 Calibrate (once, before any row is written), then shard by shard: decode, forward, project, quantise, write. A finished
-shard is never touched again; a stop, by a signal or by power, costs the shard at hand.
+shard is never touched again; a stop, by a signal or by power, costs the shards at hand.
+
+Several processes, on one or several machines, may each write a part of the shards; whoever comes first calibrates.
 
 Batches are cut within a shard, from its first row on, so that which images share a batch never depends on where an
-earlier run stopped: on the same machine a resumed cache is bit-identical to an undisturbed one.
+earlier run stopped: on the same machine a resumed cache is bit-identical to an undisturbed one. Where the manifest has
+grown, the rows that its last shard had before are kept as they are, and batches begin anew after them.
 
 `limit` extracts exactly the first rows. The store has its full shape all the same; the shard in which the limit falls
 is written in part, and written again, whole, by a run that goes further. The calibration does not depend on the limit.
 
-Legend: n rows of a shard, m decodable images of a batch, T tokens, C channels, K components.
+Legend: n rows of a shard.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +31,9 @@ import numpy as np
 import torch
 
 from pipeline.cache import layout
-from pipeline.cache.codec import to_float16
-from pipeline.cache.layout import ABSENT, GLOBAL, OK, UNDECODABLE, CacheIdentity, StoredDtype
+from pipeline.cache.header import CacheFit
+from pipeline.cache.layout import ABSENT, OK, UNDECODABLE, CacheIdentity, StoredDtype
+from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.writer import CacheWriter
 from pipeline.console import Progress, log, progress
@@ -38,8 +42,11 @@ from pipeline.data.samples import SampleReader
 from pipeline.data.views import Kind, View
 from pipeline.errors import Stopped
 from pipeline.teacher.calibration import Features, calibrate, choose_rows
-from pipeline.teacher.feed import FeatureBatch, Feed, Precision, in_batches
+from pipeline.teacher.encode import ShardEncoder, work_to_do
+from pipeline.teacher.feed import Feed, Precision, in_batches
 from pipeline.teacher.teacher import Teacher
+
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Settings:
         workers: decoding threads; "auto": one a core.
         precision: of the forward; "auto": the cache's where there is one, else bfloat16 on a GPU, float32 on a CPU.
         shard_rows: rows a shard; None: by bytes, 512 to 4,096.
+        compile: whether the network is compiled first (torch.compile): minutes before the first row, then faster.
     """
 
     view: Kind = "crop"
@@ -67,6 +75,7 @@ class Settings:
     workers: int | Literal["auto"] = "auto"
     precision: Precision | Literal["auto"] = "auto"
     shard_rows: int | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,16 @@ def extract(
     settings: Settings | None = None,
     *,
     limit: int | None = None,
+    part: Part | None = None,
+    shards: Collection[int] | None = None,
     device: torch.device | str | None = None,
 ) -> Extraction:
     """Write the teacher's features of every manifest row to the cache at `out`, or go on with the one there.
 
     Args:
         limit: only the first rows.
+        part: only every count-th shard, while other processes write the others.
+        shards: only those of these shards that are not done (a repair).
         device: default the first GPU, else the CPU. The teacher is moved there.
 
     Raises:
@@ -101,14 +114,17 @@ def extract(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     precision = _precision(out, settings.precision, device)
     teacher = teacher.to(device)
+    if settings.compile:
+        teacher.compile_network()
     view = View(settings.view, teacher.image_size)
     feed = Feed(SampleReader(manifest, verify=True), teacher, view, workers=settings.workers, precision=precision)
     identity = identify(manifest, teacher, settings, precision)
     log.info("teacher %s on %s in %s, %d decoding threads", teacher.name, device, precision, feed.threads)
+    part = part or Part()
     with _stop_on_signals() as stop:
-        writer = CacheWriter.resume(out, identity) or _set_up(out, identity, manifest, feed, settings, stop)
-        with writer:
-            rows, seconds = _write_shards(writer, feed, settings.batch_size, limit, stop)
+        fit: Callable[[], CacheFit] = lambda: _fit(manifest, feed, settings, out.absolute().parent, stop)  # noqa: E731
+        with _set_up(out, identity, fit, settings.shard_rows, part, stop) as writer:
+            rows, seconds = _write_shards(writer, feed, settings.batch_size, limit, shards, stop)
     if feed.failed:
         log.warning("%d images could not be decoded", len(feed.failed))
     return Extraction(open_cache(out), rows, seconds)
@@ -129,7 +145,9 @@ def identify(manifest: Manifest, teacher: Teacher, settings: Settings, precision
             "calibration_rows": settings.calibration_rows,
             "seed": settings.seed,
             "precision": precision,
+            **({"compile": True} if settings.compile else {}),
         },
+        prefix_fingerprint=manifest.fingerprint,
     )
 
 
@@ -143,10 +161,8 @@ def _precision(out: Path, asked: Precision | Literal["auto"], device: torch.devi
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def _set_up(
-    out: Path, identity: CacheIdentity, manifest: Manifest, feed: Feed, settings: Settings, stop: Callable[[], bool]
-) -> CacheWriter:
-    """Calibrate, and create the store."""
+def _fit(manifest: Manifest, feed: Feed, settings: Settings, folder: Path, stop: Callable[[], bool]) -> CacheFit:
+    """One look at the calibration's rows."""
     calibration, heldout = choose_rows(manifest.rows("train"), settings.calibration_rows, settings.seed)
     with progress("calibrating", total=len(calibration) + len(heldout), unit="rows") as bar:
 
@@ -159,36 +175,65 @@ def _set_up(
                     if batch.ok.any():
                         yield batch.rows[batch.ok], {k: v.cpu().numpy() for k, v in batch.features.items()}
 
-        fit = calibrate(
+        return calibrate(
             stream,
             calibration,
             heldout,
             widths=feed.teacher.widths,
             pca=settings.pca,
             dtype=settings.dtype,
-            folder=out.absolute().parent,
+            folder=folder,
         )
-    return CacheWriter.create(out, identity, fit, shard_rows=settings.shard_rows)
+
+
+def _set_up(
+    out: Path,
+    identity: CacheIdentity,
+    fit: Callable[[], CacheFit],
+    shard_rows: int | None,
+    part: Part,
+    stop: Callable[[], bool],
+) -> CacheWriter:
+    """The cache's writer: one process calibrates and creates the store, the others wait until it is there."""
+    waiting = False
+    while (writer := CacheWriter.create(out, identity, fit, shard_rows=shard_rows, part=part)) is None:
+        if not waiting:
+            log.info("waiting for another process to calibrate")
+        waiting = True
+        if stop():
+            raise Stopped("before anything was extracted")
+        time.sleep(POLL_SECONDS)
+    return writer
 
 
 def _write_shards(
-    writer: CacheWriter, feed: Feed, batch_size: int, limit: int | None, stop: Callable[[], bool]
+    writer: CacheWriter,
+    feed: Feed,
+    batch_size: int,
+    limit: int | None,
+    shards: Collection[int] | None,
+    stop: Callable[[], bool],
 ) -> tuple[int, float]:
     """Extract and publish what is missing; returns how many rows that was and the seconds it took."""
-    todo = list(shards_to_do(writer, limit))  # shard, rows of it
-    total, started = sum(len(rows) for _, rows in todo), time.monotonic()
-    encoder = ShardEncoder(writer, feed)
-    batches = (batch for _, rows in todo for batch in in_batches(rows, batch_size))
-    with progress("extracting", total=total, unit="rows") as bar, closing(feed(batches)) as stream:
-        for index, rows in todo:
-            encoder.begin(index)
-            for _ in in_batches(rows, batch_size):
-                encoder.add(next(stream))
-                bar.advance(len(encoder.last))
+    todo = list(work_to_do(writer, limit, shards))
+    total, started = sum(work.rows for work in todo), time.monotonic()
+    batches = (batch for work in todo for batch in work.batches(batch_size))
+    with (
+        progress("extracting", total=total, unit="rows") as bar,
+        closing(feed(batches)) as stream,
+        ShardEncoder(writer, feed.teacher) as encoder,
+    ):
+        for work in todo:
+            encoder.begin(work)
+            for _ in work.batches(batch_size):
+                encoder.add(batch := next(stream))
+                bar.advance(len(batch.rows))
                 if stop():
+                    encoder.finish()
                     raise Stopped(_so_far(writer))
             encoder.publish()
             _note_failures(bar, feed)
+        encoder.finish()
     return total, time.monotonic() - started
 
 
@@ -200,59 +245,6 @@ def _so_far(writer: CacheWriter) -> str:
 def _note_failures(bar: Progress, feed: Feed) -> None:
     if feed.failed:
         bar.note(f"{len(feed.failed)} undecodable")
-
-
-def shards_to_do(writer: CacheWriter, limit: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
-    """(shard, its rows below `limit`) for every shard in which such a row is missing."""
-    state = open_cache(writer.path).state()
-    for index in range(writer.shards):
-        rows = np.asarray(writer.rows_of(index), np.int64)
-        wanted = rows if limit is None else rows[rows < limit]
-        in_part = len(wanted) < len(rows) and bool((state[wanted] != ABSENT).all())
-        if len(wanted) and not in_part and not writer.done(index):
-            yield index, wanted
-
-
-class ShardEncoder:
-    """Collects the encoded rows of one shard at a time, and publishes them."""
-
-    def __init__(self, writer: CacheWriter, feed: Feed) -> None:
-        self.writer, self.codecs = writer, writer.codecs
-        device = feed.teacher.get_buffer("_mean").device
-        self.bases = {
-            name: None if codec.basis is None else torch.from_numpy(np.array(codec.basis)).to(device)
-            for name, codec in self.codecs.items()
-        }
-        self.last = np.zeros(0, np.int64)
-
-    def begin(self, index: int) -> None:
-        """Start shard `index`, all rows absent."""
-        self.index, self.first = index, self.writer.rows_of(index).start
-        n = len(self.writer.rows_of(index))
-        self.arrays = {a.name: np.zeros((n, *a.row_shape), a.dtype) for a in self.writer.arrays}
-        self.state = np.full(n, ABSENT, np.uint8)
-        self.saturated = dict.fromkeys(self.codecs, 0)
-
-    def add(self, batch: FeatureBatch) -> None:
-        """Encode one batch: y = Vᵀx where the features are, then quantise on the CPU."""
-        self.last = batch.rows
-        places = batch.rows - self.first
-        self.state[places] = np.where(batch.ok, OK, UNDECODABLE)
-        places = places[batch.ok]
-        if not len(places):
-            return
-        for name, codec in self.codecs.items():
-            features, basis = batch.features[name], self.bases[name]  # (m, T, C), (C, K)
-            coefficients = features if basis is None else features @ basis
-            stored = codec.quantise(coefficients.cpu().numpy())
-            self.arrays[name][places] = stored.values
-            if stored.token_steps is not None:
-                self.arrays[layout.steps_name(name)][places] = stored.token_steps
-            self.saturated[name] += stored.saturated
-        self.arrays[GLOBAL][places] = to_float16(batch.features[GLOBAL].cpu().numpy())[0]
-
-    def publish(self) -> None:
-        self.writer.write_shard(self.index, self.arrays, self.state, self.saturated)
 
 
 @contextmanager

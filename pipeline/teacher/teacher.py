@@ -162,6 +162,10 @@ class Teacher(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
+    def compile_network(self) -> None:
+        """torch.compile the network; weights and results stay the same, but for rounding."""
+        self.backbone.compile()
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 → (B, 3, S, S) float32: (x / 255 - mean) / std, as `data.views.to_tensor` does."""
         images = pixels.permute(0, 3, 1, 2).to(torch.float32)

@@ -68,6 +68,7 @@ class PairDataset(Dataset[Batch]):
         self.cache, self.target_rows, self.seed = cache, target_rows, seed
 
     def __getitem__(self, step: Step) -> Batch:
+        self._read_ahead(step.ahead)
         images, captions, rows, failed = [], [], [], []
         for row in step.rows.tolist():
             try:
@@ -88,6 +89,13 @@ class PairDataset(Dataset[Batch]):
             targets=self._targets(np.array(rows, dtype=np.int64)),
             failed=failed,
         )
+
+    def _read_ahead(self, rows: np.ndarray) -> None:
+        """Ask the disk for what comes next while this batch is decoded."""
+        if len(rows):
+            self.samples.will_need(rows)
+            if self.cache is not None:
+                self.cache.will_need(rows if self.target_rows is None else self.target_rows[rows])
 
     def _targets(self, rows: np.ndarray) -> dict[str, Tensor] | None:
         if self.cache is None:

@@ -148,12 +148,12 @@ def test_opening_maps_no_shard(store: Path) -> None:
 
 
 def test_few_maps_are_kept_and_the_oldest_goes_first(whole_store: Path, ok_rows: np.ndarray) -> None:
-    small, large = open_cache(whole_store, max_maps=2), open_cache(whole_store)
+    small, large = open_cache(whole_store, max_open=2), open_cache(whole_store)
     for rows in (ok_rows, ok_rows[::-1], [0, 19, 1, 18]):
         for name, found in small.read_raw(rows).items():
             np.testing.assert_array_equal(found, large.read_raw(rows)[name])
-        assert len(small._maps) <= 2
-    assert len(large._maps) == 3 * len(ARRAYS)
+        assert small.source.using.mapped <= 3  # never less than one batch needs
+    assert large.source.using.mapped == 3 * len(ARRAYS)
 
 
 def test_a_cache_that_was_read_can_be_pickled_without_its_maps(cache: Cache) -> None:

@@ -118,6 +118,18 @@ def test_fingerprint_of_the_first_rows_is_that_of_the_shorter_manifest(written):
     assert written().fingerprint(4) == shorter.fingerprint()
 
 
+def test_fingerprints_are_those_that_caches_carry(written):
+    """Digests by the first version of this code: whoever changes one makes every cache there is a stranger."""
+    manifest = written()
+    assert manifest.fingerprint() == "33da9163ea464875196019cf712efb7cdf47c004b8329f9b1e96cf8d2af46c59"
+    assert manifest.fingerprint(4) == "f0a5f2960690e4b1f63ca9a0a57b4727e0db8602865de39b2588e2e3d15f291d"
+    assert manifest.split_sha256() == "7c70b6b1c612fa54ce7b84d65b84c9bf97b6846e1973ac7514eda1323f7bf2cb"
+    assert manifest.split_sha256(4) == "df3f619804a92fdb4057192dc43dd748ea778adc52bc498ce80524c014b81119"
+    escaped = written(key=['a"b', "b\\c", "ü\u2028", "d\n", "\x7fa", "\x1f"])
+    assert escaped.fingerprint() == "48b2a56fcab9d050cd810c093a5cc714a777fae04e22f199f7891a36ab52e36a"
+    assert escaped.fingerprint(1) == "26aea490209bc88e12834cf971b5e0420d78f257c1a024b0e4d7b258d41a041b"
+
+
 def test_fingerprint_does_not_depend_on_row_groups(written, tmp_path):
     manifest = written()
     table = pq.read_table(manifest.path)

@@ -19,7 +19,7 @@ from pipeline.config import load_config
 from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace, read_json
 from pipeline.training.tracking import read_metrics
-from stages import train
+from stages import train, train_setup
 from stages.train import default_name
 
 FUSIONS = ["full", "no-pyramid", "no-attention", "no-refiner", "image-only", "no-gate", "no-distill", "shuffled-cache"]
@@ -75,6 +75,25 @@ def test_one_seed_gives_every_method_the_same_trunk_and_the_same_batches(folder)
     assert all(torch.allclose(first[n], second[n], atol=1e-6) for n in trunk if first[n].is_floating_point())
     logs = [read_metrics(x.metrics)[0] for x in (a, b)]
     assert logs[0]["train/info_nce"] == pytest.approx(logs[1]["train/info_nce"], abs=1e-5)
+
+
+def test_how_the_cache_is_read_changes_nothing(folder):
+    """Positioned reads, and workers that read ahead in another process: the same losses to the bit."""
+    plain = run(folder, name="plain", sets=["data.shuffle=shards", "data.cache_access=map"])
+    other = run(folder, name="other", sets=["data.shuffle=shards", "data.cache_access=read", "data.workers=1"])
+    assert losses(plain) == losses(other)
+
+
+def test_the_plan_is_the_configurations(folder):
+    config = load_config(folder / "pipe.yaml", sets=["data.shuffle=shards", "data.shuffle_buffer=3"])
+    data = train_setup.open_data(Workspace(config.workspace), config)
+    plan = train_setup._plan(config, data, 7)
+    assert (plan.shuffle, plan.buffer_shards, plan.shard_rows) == ("shards", 3, data.cache.shard_rows)
+    assert (plan.total_steps, plan.seed) == (7, config.train.seed)
+    config = load_config(folder / "pipe.yaml", sets=["data.shuffle=shards", "model.fusion=none", "train.order=1"])
+    without = train_setup.open_data(Workspace(config.workspace), config)
+    assert without.cache is None
+    assert train_setup._plan(config, without, 7).shard_rows == 512
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(folder):

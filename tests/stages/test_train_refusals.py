@@ -88,6 +88,23 @@ def test_absent_rows_are_refused_unless_the_config_allows_them(folder):
     assert read_json(done.record)["finished"]
 
 
+def test_rows_that_came_after_the_cache_are_absent_rows(folder):
+    """A grown manifest begins as the cache's: what is missing is named, and the rest can be trained on."""
+    from stages import extract_teacher, index
+
+    shutil.copy(folder / "tars" / "00001.tar", folder / "tars" / "00002.tar")
+    config = load_config(folder / "pipe.yaml")
+    index.run(config)
+    with pytest.raises(PipeError, match=r"of \d+ rows are not in the teacher cache.*pipe extract-teacher"):
+        run(folder)
+    done = run(folder, sets=["data.rows=cached"])
+    assert read_json(done.record)["finished"]
+    before = open_cache(folder / "workspace" / "teacher.zarr").rows
+    extract_teacher.run(config)
+    assert open_cache(folder / "workspace" / "teacher.zarr").rows > before
+    run(folder, name="all")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_problem_with_the_data_is_one_line_whoever_reads_it(folder, workers):
     """torch would pass on a worker's error with its traceback for a message; a flipped bit is found as it is read."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tiny_teacher import SCALES, SIZE, VIT, VIT_ARGS, jpeg, randomise
+from tiny_teacher import SCALES, SIZE, VIT, VIT_ARGS, randomise, write_tar
 
 from pipeline.data.index import build_manifest
 from pipeline.data.manifest import Manifest, read_manifest
@@ -46,18 +44,6 @@ def vit(vit_checkpoint: Path) -> Teacher:
 
 
 MakeManifest = Callable[..., Manifest]
-
-
-def write_tar(path: Path, numbers: range, *, captionless: tuple[int, ...] = (), first: int = 0) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number in numbers:
-            members = {"jpg": jpeg(first + number)}
-            if number not in captionless:
-                members["txt"] = f"picture {number}".encode()
-            for suffix, data in members.items():
-                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,3 +33,15 @@ def jpeg(seed: int) -> bytes:
     data = io.BytesIO()
     Image.fromarray(coarse).resize((80, 72), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
     return data.getvalue()
+
+
+def write_tar(path: Path, numbers: range, *, captionless: tuple[int, ...] = (), first: int = 0) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            members = {"jpg": jpeg(first + number)}
+            if number not in captionless:
+                members["txt"] = f"picture {number}".encode()
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,75 @@ def test_every_caption_is_used_once_before_any_comes_again():
         assert sorted(chosen) == [0, 1, 2, 3, 4]
     starts = {caption_choice(0, 0, row, 5) for row in range(50)}
     assert starts == {0, 1, 2, 3, 4}
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+
+def sharded(**changes):
+    values = {"shuffle": "shards", "shard_rows": 16, "buffer_shards": 2} | changes
+    return plan(**values)
+
+
+def test_shards_are_mixed_in_groups_and_every_row_comes_once():
+    p = sharded()
+    order = p.epoch_order(0)
+    assert sorted(order.tolist()) == list(range(100, 205))
+    whole = {k: [row for row in range(100, 205) if row // 16 == k] for k in range(6, 13)}
+    at, groups = 0, []
+    while at < len(order):  # cut the order where a pair of shards is complete
+        shards = list(dict.fromkeys((order[at : at + 33] // 16).tolist()))[:2]
+        size = sum(len(whole[k]) for k in shards)
+        assert sorted(order[at : at + size].tolist()) == sorted(row for k in shards for row in whole[k])
+        assert order[at : at + size].tolist() != sorted(order[at : at + size].tolist())
+        groups.append(shards)
+        at += size
+    assert sorted(k for shards in groups for k in shards) == sorted(whole)
+    assert not np.array_equal(order, p.epoch_order(1))
+    assert np.array_equal(order, sharded().epoch_order(0))
+
+
+def test_rows_that_are_left_out_change_no_shard():
+    rows = np.array([0, 1, 5, 16, 17, 40, 100])
+    order = sharded(rows=rows, batch_size=2, total_steps=3, buffer_shards=1).epoch_order(0)
+    assert sorted(order.tolist()) == rows.tolist()
+    places = [np.flatnonzero(order // 16 == k) for k in (0, 1, 2, 6)]
+    assert all(np.ptp(of) == len(of) - 1 for of in places)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("start", [0, 9, 17])
+def test_shards_too_are_the_same_batches_for_any_processes_and_start(world_size, start):
+    alone = [s.rows for s in sharded().steps()][start:]
+    shares = [list(sharded().steps(start=start, rank=r, world_size=world_size)) for r in range(world_size)]
+    for k, rows in enumerate(alone):
+        assert np.array_equal(np.concatenate([share[k].rows for share in shares]), rows)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (4, 5)])
+@pytest.mark.parametrize("shuffle", ["full", "shards"])
+def test_what_is_asked_for_ahead_is_what_comes(shuffle, rank, world_size):
+    """Every row but those of the beginning has been asked for before its batch, as often as it comes."""
+    p = sharded(rows=np.arange(330), total_steps=60, shuffle=shuffle)
+    waiting, unasked = Counter(), []
+    for step in p.steps(rank=rank, world_size=world_size):
+        for row in step.rows.tolist():
+            if waiting[row]:
+                waiting[row] -= 1
+            else:
+                unasked.append((step.step, row))
+        waiting.update(step.ahead.tolist())
+        if shuffle == "shards":
+            assert step.ahead.tolist() == sorted(step.ahead.tolist())
+    first = 8 if shuffle == "full" else 4  # a full shuffle's steps ahead; the first group's steps
+    assert set(range(3)) <= {step for step, _ in unasked} <= set(range(first))
+    assert waiting.total() < (1 if shuffle == "full" else 80)  # asked for what the run ends before
+
+
+def test_in_shards_the_hints_are_sequences():
+    """Taken together over a group's steps, and over processes, they are whole shards in ascending order."""
+    p = sharded(rows=np.arange(320), total_steps=32)
+    hints = [step.ahead for step in p.steps()]
+    order = p.epoch_order(0)
+    second = np.sort(order[32:64])
+    assert np.concatenate(hints[:4]).tolist() == second.tolist()

@@ -1,0 +1,137 @@
+"""Rows by positioned reads, many at a time: for network disks, where each page fault of a map is a round trip of 4 kB.
+
+A server that goes away, or a file that is cut while it is read, is an error here; with a map it kills the process.
+
+Legend: S rows a shard, n rows asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache import layout
+from pipeline.cache.layout import RowArray
+from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, RowOffsets, States, crc32c, open_shard, refuse_damaged, runs_of
+from pipeline.errors import PipeError
+
+READS_AT_ONCE = 16  # what hides the latency of a network disk
+
+
+class _OpenShard:
+    """A shard's descriptor, closed with the last reader that holds it, and where its rows lie."""
+
+    def __init__(self, file: Path, descriptor: int, offsets: RowOffsets) -> None:
+        self.file, self.descriptor, self.offsets = file, descriptor, offsets
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class PositionedShards:
+    """The shard files below `root`; a `RowSource`.
+
+    Args:
+        states: which rows are there, and how many a shard has.
+        max_open: files open at once; the one used longest ago makes room. Default a quarter of the system's limit.
+    """
+
+    def __init__(self, root: Path, states: States, *, max_open: int | None = None) -> None:
+        self.root, self.states, self.shard_rows = root, states, states.shard_rows
+        self.max_open = max_open or _default_open()
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "states": self.states, "shard_rows": self.shard_rows, "max_open": self.max_open}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def forget(self) -> None:
+        self.opened: dict[tuple[str, int], _OpenShard] = {}
+        self._after_fork()
+
+    def _after_fork(self) -> None:
+        """A fork copies a lock that may be held and a pool without its threads; descriptors stay good."""
+        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def gather(self, array: RowArray, rows: np.ndarray, check: bool) -> np.ndarray:
+        out = np.empty((len(rows), *array.row_shape), array.dtype)
+        if not len(rows):
+            return out
+        opened, offsets = self._located(array, rows)
+        flat = out.reshape(len(rows), -1).view(np.uint8)  # (n, row bytes)
+        stored = np.empty((len(rows), CRC_BYTES), np.uint8)
+        sound = np.ones(len(rows), bool)
+
+        def read(i: int) -> None:
+            shard = opened[i]
+            try:
+                got = os.preadv(shard.descriptor, [flat[i], stored[i]], offsets[i])
+            except OSError as error:
+                raise PipeError(f"cannot read this shard: {error.strerror}", where=shard.file) from error
+            if got < array.row_bytes + CRC_BYTES:
+                raise PipeError("this shard was cut short", where=shard.file, fix=FIX_SHARD)
+            if check:
+                sound[i] = crc32c(flat[i]) == int.from_bytes(stored[i], "little")
+
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="cache")
+        for _ in self._pool.map(read, range(len(rows))):
+            pass
+        if not sound.all():
+            refuse_damaged(array, self.root, rows[~sound], self.shard_rows)
+        return out
+
+    def will_need(self, array: RowArray, rows: np.ndarray) -> None:
+        if not len(rows) or not hasattr(os, "posix_fadvise"):
+            return
+        opened, offsets = self._located(array, np.unique(rows))
+        by_shard: dict[int, list[int]] = {}
+        for shard, offset in zip(opened, offsets, strict=True):
+            by_shard.setdefault(shard.descriptor, []).append(offset)
+        for descriptor, of_shard in by_shard.items():
+            for start, end in runs_of(np.array(of_shard), array.row_bytes + CRC_BYTES):
+                with suppress(OSError):
+                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def _located(self, array: RowArray, rows: np.ndarray) -> tuple[list[_OpenShard], list[int]]:
+        """Each row's shard, open, and its offset there."""
+        shard_of, slots = np.divmod(rows, self.shard_rows)
+        order = np.argsort(shard_of, kind="stable")
+        numbers, starts = np.unique(shard_of[order], return_index=True)
+        opened, offsets = np.empty(len(rows), object), np.empty(len(rows), np.int64)
+        for number, own in zip(numbers.tolist(), np.split(order, starts[1:]), strict=True):
+            opened[own] = shard = self._open(array, number)
+            offsets[own] = shard.offsets.at(slots[own])
+        return opened.tolist(), offsets.tolist()
+
+    def _open(self, array: RowArray, shard: int) -> _OpenShard:
+        if os.getpid() != self._pid:
+            self._after_fork()
+        key = (array.name, shard)
+        with self._lock:
+            found = self.opened.pop(key, None)
+            if found is None:
+                while len(self.opened) >= self.max_open:
+                    del self.opened[next(iter(self.opened))]
+                ok, file = np.flatnonzero(self.states.of(shard) == layout.OK), array.file(self.root, shard)
+                descriptor, _, offsets = open_shard(array, file, self.shard_rows, ok)
+                found = _OpenShard(file, descriptor, offsets)
+            self.opened[key] = found
+        return found
+
+
+def _default_open() -> int:
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = 16384
+    return most if open_files == resource.RLIM_INFINITY else min(most, max(64, open_files // 4))

@@ -1,0 +1,195 @@
+"""From features to a shard's stored numbers, and which rows of which shard there is work for.
+
+Projection and quantisation happen where the features are, so that a GPU sends int8; a finished shard is written by a
+thread while the next one is computed.
+
+Legend: n rows of a shard, m decodable images of a batch, T tokens, C channels, K components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import layout
+from pipeline.cache.codec import FLOAT16_MAX, LEVELS, ScaleCodec
+from pipeline.cache.layout import ABSENT, GLOBAL, OK, UNDECODABLE
+from pipeline.cache.reader import open_cache
+from pipeline.cache.writer import CacheWriter
+from pipeline.errors import PipeError
+from pipeline.teacher.feed import FeatureBatch, in_batches
+from pipeline.teacher.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What is to be done for one shard.
+
+    Args:
+        shard: its number.
+        runs: (r,) int64 each: neighbouring rows to extract; a batch never holds rows of two runs.
+        kept: (k,) int64: rows that stay as they are, because the cache had them all before it grew.
+        extends: whether these are all that the shard holds, so that it stays readable while it is written again.
+        counted_below: values cut off count in rows below this one: those of a run that a limit cuts count when the run
+            is extracted whole, or they would count twice.
+    """
+
+    shard: int
+    runs: tuple[np.ndarray, ...]
+    kept: np.ndarray
+    extends: bool
+    counted_below: int
+
+    @property
+    def rows(self) -> int:
+        return sum(len(run) for run in self.runs)
+
+    def batches(self, size: int) -> list[np.ndarray]:
+        """The rows to extract, in batches of at most `size`."""
+        return [batch for run in self.runs for batch in in_batches(run, size)]
+
+
+def work_to_do(
+    writer: CacheWriter, limit: int | None = None, shards: Collection[int] | None = None
+) -> Iterator[ShardWork]:
+    """What is missing of the writer's part: of rows below `limit`, of `shards` (None: all).
+
+    A shard in which the limit falls is written in part, and written again, whole, by a run that goes further.
+    """
+    segments = open_cache(writer.path).segments
+    for index in writer.part.shards(writer.shards):
+        rows = np.asarray(writer.rows_of(index), np.int64)
+        if (shards is not None and index not in shards) or (limit is not None and rows[0] >= limit):
+            continue
+        if not writer.done(index) and (work := _work_in(writer, index, rows, segments, limit)).runs:
+            yield work
+
+
+def _work_in(
+    writer: CacheWriter, index: int, rows: np.ndarray, segments: Sequence[int], limit: int | None
+) -> ShardWork:
+    """Segment by segment: what the shard holds whole is kept; else it is extracted, from its first row on."""
+    there = writer.state_of(index) != ABSENT if writer.intact(index) else np.zeros(len(rows), bool)
+    runs, kept, cut = [], np.zeros(0, np.int64), rows[-1] + 1
+    for segment in np.split(rows, np.searchsorted(rows, segments[:-1])):
+        wanted = segment if limit is None else segment[segment < limit]
+        if len(wanted) and there[segment - rows[0]].all():
+            kept = np.concatenate([kept, segment])
+        elif len(wanted) and not (len(wanted) < len(segment) and there[wanted - rows[0]].all()):
+            runs.append(wanted)
+            cut = wanted[0] if len(wanted) < len(segment) else cut
+    extends = bool(len(kept)) and len(kept) == there.sum()
+    return ShardWork(index, tuple(runs), kept, extends, int(cut))
+
+
+class ShardEncoder:
+    """Collects the encoded rows of one shard at a time, and publishes them; a context manager."""
+
+    def __init__(self, writer: CacheWriter, teacher: Teacher) -> None:
+        self.writer = writer
+        device = teacher.get_buffer("_mean").device
+        self.codecs = {name: TensorCodec(codec, device) for name, codec in writer.codecs.items()}
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> ShardEncoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=True)
+
+    def begin(self, work: ShardWork) -> None:
+        """Start a shard: the rows that are kept are read back, all others are absent."""
+        self.work, self.first = work, self.writer.rows_of(work.shard).start
+        n = len(self.writer.rows_of(work.shard))
+        self.arrays = {a.name: np.zeros((n, *a.row_shape), a.dtype) for a in self.writer.arrays}
+        self.state = np.full(n, ABSENT, np.uint8)
+        self.saturated = dict.fromkeys(self.codecs, 0)
+        if len(work.kept):
+            self._keep(work)
+
+    def _keep(self, work: ShardWork) -> None:
+        cache = open_cache(self.writer.path, verify=True)
+        kept_state = self.writer.state_of(work.shard)[work.kept - self.first]
+        self.state[work.kept - self.first] = kept_state
+        ok = work.kept[kept_state == OK]
+        for name, values in cache.read_raw(ok).items():
+            self.arrays[name][ok - self.first] = values
+        self.saturated = cache.saturated_in(work.shard)
+
+    def add(self, batch: FeatureBatch) -> None:
+        """Encode one batch: y = Vᵀx, quantised."""
+        places = batch.rows - self.first
+        self.state[places] = np.where(batch.ok, OK, UNDECODABLE)
+        places = places[batch.ok]
+        if not len(places):
+            return
+        for name, codec in self.codecs.items():
+            values, token_steps, saturated = codec.encode(batch.features[name])
+            self.arrays[name][places] = values.cpu().numpy()
+            if token_steps is not None:
+                self.arrays[layout.steps_name(name)][places] = token_steps.cpu().numpy()
+            if batch.rows[0] < self.work.counted_below:
+                self.saturated[name] += int(saturated)
+        self.arrays[GLOBAL][places] = to_float16(batch.features[GLOBAL])[0].cpu().numpy()
+
+    def publish(self) -> None:
+        """Hand the shard to the writing thread, after the one before has been written.
+
+        Raises:
+            PipeError: the one before could not be.
+        """
+        self.finish()
+        shard, extends = self.work.shard, self.work.extends
+        self.writing = self.pool.submit(
+            self.writer.write_shard, shard, self.arrays, self.state, self.saturated, extends=extends
+        )
+
+    def finish(self) -> None:
+        """Wait until what was handed over has been written; raises as `publish` does."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+
+class TensorCodec:
+    """`ScaleCodec.encode` on a device, bit by bit the same numbers for the same coefficients."""
+
+    def __init__(self, codec: ScaleCodec, device: torch.device) -> None:
+        self.dtype = codec.dtype
+        self.basis = None if codec.basis is None else torch.from_numpy(np.array(codec.basis)).to(device)
+        self.steps = None if codec.steps is None else torch.from_numpy(np.array(codec.steps)).to(device)
+
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+        """features (m, T, C) float32 → values (m, T, K), per-token steps (m, T) for int8_token, values cut off."""
+        coefficients = features if self.basis is None else features @ self.basis
+        if not torch.isfinite(coefficients).all():
+            raise PipeError("the teacher's features are not finite", fix="run the teacher in float32 or bf16")
+        if self.dtype == "float16":
+            values, beyond = to_float16(coefficients)
+            return values, None, beyond
+        if self.dtype == "int8_token":
+            token_steps = coefficients.abs().amax(dim=-1) / LEVELS
+            divisor = torch.where(token_steps > 0, token_steps, 1.0)[..., None]
+            return _to_int8(coefficients / divisor)[0], token_steps, 0
+        assert self.steps is not None
+        values, beyond = _to_int8(coefficients / self.steps)
+        return values, None, beyond
+
+
+def to_float16(values: Tensor) -> tuple[Tensor, Tensor]:
+    """As `codec.to_float16`: what lies beyond float16's range is cut and counted."""
+    beyond = (values.abs() > FLOAT16_MAX).sum()
+    return values.clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), beyond
+
+
+def _to_int8(levels: Tensor) -> tuple[Tensor, Tensor]:
+    levels = levels.round()  # ties to even
+    beyond = (levels.abs() > LEVELS).sum()
+    return levels.clamp(-LEVELS, LEVELS).to(torch.int8), beyond
