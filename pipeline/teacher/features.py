@@ -79,6 +79,9 @@ class Layered(Protocol):
     def stride(self, layer: int) -> int:
         """Pixels a token of `layer` spans: a ViT's patch, a CNN's reduction."""
 
+    def compile(self) -> Any:
+        """`nn.Module.compile`: in place, the same weights."""
+
     def __call__(self, images: Tensor, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor | None]:
         """Run the network as far as needed.
 
