@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipeline.data.geometry import ViewSpec
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,6 +49,40 @@ class ScaleConfig(Section):
         return name
 
 
+Interval = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+def _ascending(interval: Interval) -> Interval:
+    if interval[0] > interval[1]:
+        raise ValueError(f"the first of {list(interval)} is the larger one")
+    return interval
+
+
+OneShare = Annotated[float, Field(gt=0, le=1)]
+Area = Annotated[tuple[OneShare, OneShare], AfterValidator(_ascending)]
+
+
+class CropConfig(Section):
+    """How boxes are drawn: the share of the image's pixels, and the ratio of width to height."""
+
+    area: Area = (0.5, 1.0)
+    aspect: Annotated[Interval, AfterValidator(_ascending)] = (0.75, 1.3333)
+
+
+class ViewConfig(CropConfig):
+    """A further view that the teacher looks at and the cache stores."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    flip: Share = 0.5
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_base(cls, name: str) -> str:
+        if name == "base":
+            raise ValueError("base is the view that everyone has")
+        return name
+
+
 def _default_scales() -> list[ScaleConfig]:
     return [
         ScaleConfig(name="fine", layer=-1, grid=14),
@@ -68,6 +104,7 @@ class TeacherConfig(Section):
     pca: Positive | None = 256
     dtype: Literal["int8", "int8_token", "float16"] = "int8"
     scales: Annotated[list[ScaleConfig], Field(min_length=1)] = Field(default_factory=_default_scales)
+    views: list[ViewConfig] = []
     compile: bool = False  # torch.compile
     seed: int = 0
 
@@ -76,11 +113,19 @@ class TeacherConfig(Section):
         names = [scale.name for scale in self.scales]
         if len(set(names)) < len(names):
             raise ValueError(f"two scales share a name: {', '.join(names)}")
+        views = [view.name for view in self.views]
+        if len(set(views)) < len(views):
+            raise ValueError(f"two views share a name: {', '.join(views)}")
         if self.random_weights and self.checkpoint is not None:
             raise ValueError("random_weights and checkpoint exclude each other: remove one")
         if self.name.startswith("hf:") and (self.checkpoint is not None or self.model_args):
             raise ValueError("checkpoint and model_args are for timm's networks: the folder of hf:... says it all")
         return self
+
+    @property
+    def view_specs(self) -> list[ViewSpec]:
+        """The further views as the pipeline takes them."""
+        return [ViewSpec(view.name, view.area, view.aspect, view.flip) for view in self.views]
 
 
 class StudentConfig(Section):

@@ -95,6 +95,7 @@ def settings_of(config: Config) -> Settings:
         batch_size=teacher.batch_size,
         workers=config.data.workers,
         compile=teacher.compile,
+        views=tuple(teacher.view_specs),
     )
 
 

@@ -111,7 +111,9 @@ def _asked_weights(teacher: TeacherConfig) -> dict[str, str]:
 
 def asked_settings(config: Config) -> dict[str, Any]:
     """What else shapes a cache's numbers, as the configuration has it."""
-    return config.teacher.model_dump(include={"pca", "dtype", "calibration_rows", "seed"})
+    asked = config.teacher.model_dump(include={"pca", "dtype", "calibration_rows", "seed"})
+    views = [spec.to_json() for spec in config.teacher.view_specs]
+    return asked | ({"views": views} if views else {})
 
 
 def _cached_rows(cache: Cache, rows: np.ndarray, config: Config) -> np.ndarray:
@@ -246,6 +248,8 @@ def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
         cache=data.cache,
         target_rows=target_rows,
         seed=config.train.seed,
+        views=config.teacher.view_specs,
+        view_seed=config.teacher.seed,
     )
     return {"train": dataset, "val": dataset}
 

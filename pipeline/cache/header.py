@@ -67,6 +67,7 @@ def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None)
         "format": layout.FORMAT,
         "version": layout.VERSION,
         "segments": [identity.rows],
+        "views": [view["name"] for view in identity.settings.get("views", [])],
         "shard_rows": shard_rows or layout.auto_shard_rows(row_bytes, identity.rows),
         "scales": [asdict(info) for info in infos],
         "baseline_losses": dict(fit.baseline_losses),
@@ -96,13 +97,16 @@ def _row_documents(attributes: dict[str, Any]) -> dict[str, bytes]:
     scales = [ScaleInfo(**scale) for scale in attributes["scales"]]
     documents = {
         array.name: layout.row_array_document(array, rows, shard_rows)
-        for array in layout.row_arrays(scales, attributes["global_width"])
+        for array in layout.row_arrays(scales, attributes["global_width"], attributes["views"])
     }
     documents[layout.STATE] = layout.plain_array_document((rows,), (shard_rows,), np.dtype("u1"), ("row",))
     shape = (-(-rows // shard_rows), len(scales))
     documents[layout.SATURATED] = layout.plain_array_document(
         shape, (1, len(scales)), np.dtype("<i8"), ("shard", "scale")
     )
+    if attributes["views"]:
+        groups = [layout.VIEWS, *(f"{layout.VIEWS}/{view}" for view in attributes["views"])]
+        documents |= dict.fromkeys(groups, layout.group_document({}))
     files = {f"{name}/{layout.METADATA}": layout.json_bytes(document) for name, document in documents.items()}
     return {layout.METADATA: layout.json_bytes(layout.group_document(attributes)), **files}
 
@@ -197,6 +201,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], str, list[str]]:
             f"this is not a {layout.FORMAT} of version {layout.VERSION}", where=metadata, fix="extract the cache again"
         )
     header.setdefault("segments", [header["rows"]])  # caches made before they could grow
+    header.setdefault("views", [])
     return header, str(recorded["sha256"]), files
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ FORMAT, VERSION = "dinorankclip-teacher-cache", 1
 METADATA, DIGEST, LOCK, TEMPORARY = "zarr.json", "digest.json", ".lock", ".tmp"
 GROWING = "growing.json"  # the metadata of a larger cache, while it replaces that of a smaller one
 GLOBAL, STATE, SATURATED, GLOBAL_MEAN = "global", "state", "saturated", "global_mean"
+VIEWS, GEOMETRY = "views", "geometry"
 CALIBRATION_ROWS, HELDOUT_ROWS = "calibration_rows", "heldout_rows"
 
 ABSENT, OK, UNDECODABLE = 0, 1, 2  # values of `state`
@@ -170,8 +171,8 @@ class RowArray:
         return root / chunk_path(self.name, shard, len(self.row_shape) + 1)
 
 
-def row_arrays(scales: Iterable[ScaleInfo], global_width: int) -> list[RowArray]:
-    """The sharded arrays of a cache, in the order in which a shard's files are written."""
+def row_arrays(scales: Iterable[ScaleInfo], global_width: int, views: Sequence[str] = ()) -> list[RowArray]:
+    """The sharded arrays of a cache, in the order in which a shard's files are written; the base view's come first."""
     arrays = []
     for scale in scales:
         value_dtype = np.dtype("<f2") if scale.dtype == "float16" else np.dtype("i1")
@@ -179,7 +180,14 @@ def row_arrays(scales: Iterable[ScaleInfo], global_width: int) -> list[RowArray]
         arrays.append(RowArray(scale.name, shape, value_dtype, ("token", "component")))
         if scale.dtype == "int8_token":
             arrays.append(RowArray(steps_name(scale.name), (scale.tokens,), np.dtype("<f4"), ("token",)))
-    return [*arrays, RowArray(GLOBAL, (global_width,), np.dtype("<f2"), ("channel",))]
+    arrays.append(RowArray(GLOBAL, (global_width,), np.dtype("<f2"), ("channel",)))
+    further = [RowArray(GEOMETRY, (5,), np.dtype("<f4"), ("number",)), *arrays]
+    return [*arrays, *(replace(array, name=view_name(view, array.name)) for view in views for array in further)]
+
+
+def view_name(view: str, array: str) -> str:
+    """`views/crop1/fine`: an array of a further view."""
+    return f"{VIEWS}/{view}/{array}"
 
 
 def chunk_path(array: str, first: int, dimensions: int) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.cache import codec, layout
 from pipeline.cache.header import check_document, read_header, read_small, require_covered
-from pipeline.cache.layout import ScaleInfo
+from pipeline.cache.layout import RowArray, ScaleInfo
 from pipeline.cache.local import LocalShards, RowSource, on_network_disk
 from pipeline.cache.shards import States, named_rows, without_crc
 from pipeline.errors import PipeError
@@ -49,6 +49,7 @@ class Cache:
     Attributes:
         path, rows, shard_rows, global_width: R, S, C.
         scales: how each scale is stored.
+        views: names of the further views.
         view, teacher, manifest_fingerprint, settings: what the cache is of.
         segments: how many rows the cache had when it was set up, and each time it grew; batches never straddle these.
         digest: SHA-256 (hex) of all metadata, basis, steps and baselines.
@@ -75,7 +76,9 @@ class Cache:
         self.segments: list[int] = header["segments"]
         self.baseline_losses: dict[str, Any] = header["baseline_losses"]
         self.fidelity: dict[str, Any] = header["fidelity"]
-        self.arrays = layout.row_arrays(self.scales, self.global_width)
+        self.views: list[str] = header["views"]
+        self.arrays = layout.row_arrays(self.scales, self.global_width, self.views)
+        self._by_view = {view: self._arrays_of(view) for view in (None, *self.views)}
         self._based = {s.name for s in self.scales if f"{layout.basis_name(s.name)}/{layout.METADATA}" in covered}
         names = [*(layout.gram_mean_name(s.name) for s in self.scales), layout.GLOBAL_MEAN]
         lists = [layout.STATE, layout.SATURATED, layout.CALIBRATION_ROWS, layout.HELDOUT_ROWS]
@@ -95,6 +98,14 @@ class Cache:
 
     def __len__(self) -> int:
         return self.rows
+
+    def _arrays_of(self, view: str | None) -> dict[str, RowArray]:
+        """Arrays of a view by the names that `read_raw` gives them."""
+        names = [array.name for array in layout.row_arrays(self.scales, self.global_width)]
+        if view is not None:
+            names = [*names, layout.GEOMETRY]
+        whole = {array.name: array for array in self.arrays}
+        return {name: whole[name if view is None else layout.view_name(view, name)] for name in names}
 
     @property
     def shards(self) -> int:
@@ -129,38 +140,54 @@ class Cache:
         """(R,) uint8: 0 absent, 1 ok, 2 undecodable. Read once; read-only."""
         return self._states.all()
 
-    def read(self, rows: Any, *, verify: bool | None = None) -> dict[str, np.ndarray]:
+    def read(self, rows: Any, *, view: str | None = None, verify: bool | None = None) -> dict[str, np.ndarray]:
         """Coefficients of `rows` (n,) int: scale → (n, T, K) float32, "global" → (n, C) float32.
 
+        Args:
+            view: one of `views`; then "geometry" → (n, 5) float32 comes too. None: the view that everyone has.
+
         Raises:
-            PipeError: a row is out of range, absent or undecodable, or its data is missing or damaged.
+            PipeError: a row is out of range, absent or undecodable, its data is missing or damaged, or no such view.
         """
-        raw = self.read_raw(rows, verify=verify)
+        raw = self.read_raw(rows, view=view, verify=verify)
         values = {}
         for scale in self.scales:
             token_steps = raw.get(layout.steps_name(scale.name))
             steps = self.steps[scale.name] if token_steps is None else token_steps
             values[scale.name] = codec.dequantise(raw[scale.name], steps)
         values[layout.GLOBAL] = raw[layout.GLOBAL].astype(np.float32)
-        return values
+        return values | {name: raw[name] for name in (layout.GEOMETRY,) if name in raw}
 
-    def read_raw(self, rows: Any, *, verify: bool | None = None) -> dict[str, np.ndarray]:
+    def read_raw(self, rows: Any, *, view: str | None = None, verify: bool | None = None) -> dict[str, np.ndarray]:
         """The rows as stored: int8 or float16, and "<scale>_steps" (n, T) float32 for int8_token scales.
 
         Rows come in the order asked for; duplicates are allowed. Raises as `read` does.
         """
         wanted = self._checked(rows)
         check = self.verify if verify is None else verify
-        return {array.name: self.source.gather(array, wanted, check) for array in self.arrays}
+        return {name: self.source.gather(array, wanted, check) for name, array in self._view(view).items()}
 
-    def will_need(self, rows: Any) -> None:
-        """Begin to read `rows` (n,) from the disk, and return at once: for the batches that come next. Never fails
-        for rows that are not there."""
+    def geometry(self, rows: Any, view: str, *, verify: bool | None = None) -> np.ndarray:
+        """(n, 5) float32: box and flip of a further view of `rows` (see data.geometry)."""
+        check = self.verify if verify is None else verify
+        return self.source.gather(self._view(view)[layout.GEOMETRY], self._checked(rows), check)
+
+    def will_need(self, rows: Any, *, view: str | None = None) -> None:
+        """Begin to read `rows` (n,) from the disk, and return at once: for the batches that come next.
+
+        Rows that are not there are passed over.
+        """
         wanted = np.asarray(rows, np.int64)
         wanted = wanted[(wanted >= 0) & (wanted < self.rows)]
         wanted = wanted[self.state()[wanted] == layout.OK]
-        for array in self.arrays:
+        for array in self._view(view).values():
             self.source.will_need(array, wanted)
+
+    def _view(self, view: str | None) -> dict[str, RowArray]:
+        if view not in self._by_view:
+            has = ", ".join(self.views) or "none but the base view"
+            raise PipeError(f"this cache has no view {view!r}", where=self.path, fix=f"it has {has}")
+        return self._by_view[view]
 
     def _checked(self, rows: Any) -> np.ndarray:
         wanted = np.asarray(rows)

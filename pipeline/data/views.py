@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.geometry import replay
 from pipeline.errors import PipeError
 
 Kind = Literal["crop", "squash"]
@@ -95,8 +96,10 @@ class Preprocess:
         if min(self.std) <= 0:
             raise PipeError("std must be positive", where=str(self.std))
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return to_tensor(self.view(image), self.mean, self.std)
+    def __call__(self, image: Image.Image, geometry: np.ndarray | None = None) -> Tensor:
+        """`geometry` (5,): another view, replayed (see data.geometry); None: the view that everyone has."""
+        seen = self.view(image) if geometry is None else replay(image, geometry, self.view.size)
+        return to_tensor(seen, self.mean, self.std)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: {"view": {"kind", "size"}, "mean": [r, g, b], "std": [r, g, b]}."""

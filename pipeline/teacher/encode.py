@@ -23,7 +23,7 @@ from pipeline.cache.layout import ABSENT, GLOBAL, OK, UNDECODABLE
 from pipeline.cache.reader import open_cache
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import PipeError
-from pipeline.teacher.feed import FeatureBatch, in_batches
+from pipeline.teacher.feed import FeatureBatch, Features, in_batches
 from pipeline.teacher.teacher import Teacher
 
 
@@ -119,25 +119,31 @@ class ShardEncoder:
         kept_state = self.writer.state_of(work.shard)[work.kept - self.first]
         self.state[work.kept - self.first] = kept_state
         ok = work.kept[kept_state == OK]
-        for name, values in cache.read_raw(ok).items():
-            self.arrays[name][ok - self.first] = values
+        for array in cache.arrays:  # of all views
+            self.arrays[array.name][ok - self.first] = cache.source.gather(array, ok, True)
         self.saturated = cache.saturated_in(work.shard)
 
     def add(self, batch: FeatureBatch) -> None:
-        """Encode one batch: y = Vᵀx, quantised."""
+        """Encode one batch, every view of it: y = Vᵀx, quantised."""
         places = batch.rows - self.first
         self.state[places] = np.where(batch.ok, OK, UNDECODABLE)
         places = places[batch.ok]
         if not len(places):
             return
+        self._encode(batch.features, places, "", batch.rows[0] < self.work.counted_below)
+        for view, (features, geometry) in batch.views.items():
+            self._encode(features, places, layout.view_name(view, ""), batch.rows[0] < self.work.counted_below)
+            self.arrays[layout.view_name(view, layout.GEOMETRY)][places] = geometry
+
+    def _encode(self, features: Features, places: np.ndarray, prefix: str, counts: bool) -> None:
         for name, codec in self.codecs.items():
-            values, token_steps, saturated = codec.encode(batch.features[name])
-            self.arrays[name][places] = values.cpu().numpy()
+            values, token_steps, saturated = codec.encode(features[name])
+            self.arrays[prefix + name][places] = values.cpu().numpy()
             if token_steps is not None:
-                self.arrays[layout.steps_name(name)][places] = token_steps.cpu().numpy()
-            if batch.rows[0] < self.work.counted_below:
+                self.arrays[prefix + layout.steps_name(name)][places] = token_steps.cpu().numpy()
+            if counts:
                 self.saturated[name] += int(saturated)
-        self.arrays[GLOBAL][places] = to_float16(batch.features[GLOBAL])[0].cpu().numpy()
+        self.arrays[prefix + GLOBAL][places] = to_float16(features[GLOBAL])[0].cpu().numpy()
 
     def publish(self) -> None:
         """Hand the shard to the writing thread, after the one before has been written.

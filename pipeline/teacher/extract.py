@@ -37,6 +37,7 @@ from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.writer import CacheWriter
 from pipeline.console import Progress, log, progress
+from pipeline.data.geometry import ViewSpec
 from pipeline.data.manifest import Manifest
 from pipeline.data.samples import SampleReader
 from pipeline.data.views import Kind, View
@@ -58,12 +59,13 @@ class Settings:
         pca: components kept a scale; None keeps all channels.
         dtype: int8 (a step a component), int8_token (a step a token) or float16.
         calibration_rows: at most this many training rows are fitted on.
-        seed: of the choice of calibration rows.
+        seed: of the choice of calibration rows, and of the further views.
         batch_size: images a forward on a GPU, and read ahead together.
         workers: decoding threads; "auto": one a core.
         precision: of the forward; "auto": the cache's where there is one, else bfloat16 on a GPU, float32 on a CPU.
         shard_rows: rows a shard; None: by bytes, 512 to 4,096.
         compile: whether the network is compiled first (torch.compile): minutes before the first row, then faster.
+        views: further views of each image to look at and store, with their geometry.
     """
 
     view: Kind = "crop"
@@ -76,6 +78,7 @@ class Settings:
     precision: Precision | Literal["auto"] = "auto"
     shard_rows: int | None = None
     compile: bool = False
+    views: tuple[ViewSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,15 @@ def extract(
     if settings.compile:
         teacher.compile_network()
     view = View(settings.view, teacher.image_size)
-    feed = Feed(SampleReader(manifest, verify=True), teacher, view, workers=settings.workers, precision=precision)
+    feed = Feed(
+        SampleReader(manifest, verify=True),
+        teacher,
+        view,
+        workers=settings.workers,
+        precision=precision,
+        views=settings.views,
+        seed=settings.seed,
+    )
     identity = identify(manifest, teacher, settings, precision)
     log.info("teacher %s on %s in %s, %d decoding threads", teacher.name, device, precision, feed.threads)
     part = part or Part()
@@ -146,6 +157,7 @@ def identify(manifest: Manifest, teacher: Teacher, settings: Settings, precision
             "seed": settings.seed,
             "precision": precision,
             **({"compile": True} if settings.compile else {}),
+            **({"views": [spec.to_json() for spec in settings.views]} if settings.views else {}),
         },
         prefix_fingerprint=manifest.fingerprint,
     )
@@ -167,7 +179,7 @@ def _fit(manifest: Manifest, feed: Feed, settings: Settings, folder: Path, stop:
     with progress("calibrating", total=len(calibration) + len(heldout), unit="rows") as bar:
 
         def stream(rows: np.ndarray) -> Iterator[tuple[np.ndarray, Features]]:
-            with closing(feed(in_batches(rows, settings.batch_size))) as batches:
+            with closing(feed(in_batches(rows, settings.batch_size), base_only=True)) as batches:
                 for batch in batches:
                     if stop():
                         raise Stopped("in the calibration, which will start anew")

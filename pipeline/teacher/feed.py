@@ -3,7 +3,7 @@
 Pillow decodes and resizes outside Python's lock, so threads keep several cores busy; what waits for the network are
 bytes (S, S, 3) of a few batches, never floats. The order and composition of batches are the caller's.
 
-Legend: n rows of a batch, m of them decodable, S image size, T tokens, C channels.
+Legend: n rows of a batch, m of them decodable, K further views, S image size, T tokens, C channels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import log
+from pipeline.data.geometry import NUMBERS, ViewSpec, replay
 from pipeline.data.samples import SampleChanged, SampleError, SampleReader, SampleUnavailable
 from pipeline.data.views import View
 from pipeline.errors import PipeError
@@ -34,14 +35,32 @@ MOST_THREADS = 16
 Precision = Literal["float32", "bfloat16"]
 
 
+Features = dict[str, Tensor]  # scale → (m, T, C) float32, "global" → (m, C) float32, on the device
+
+
 @dataclass(frozen=True)
 class FeatureBatch:
-    """rows (n,) int64; ok (n,) bool, False where the image cannot be decoded; features of the m others, on the device:
-    scale → (m, T, C) float32, "global" → (m, C) float32."""
+    """What the teacher saw of a batch.
+
+    Args:
+        rows: (n,) int64.
+        ok: (n,) bool, False where the image cannot be decoded.
+        features: of the m others, in the view that everyone has.
+        views: name → features of a further view of them, and its geometry (m, 5) float32.
+    """
 
     rows: np.ndarray
     ok: np.ndarray
-    features: dict[str, Tensor]
+    features: Features
+    views: dict[str, tuple[Features, np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One image: pixels (1 + K, S, S, 3) uint8, the base view first; geometry (K, 5) of the further views."""
+
+    pixels: np.ndarray
+    geometry: np.ndarray
 
 
 def decoding_threads(workers: int | Literal["auto"]) -> int:
@@ -59,6 +78,7 @@ class Feed:
         reader: gives images by row; shared by all threads.
         view: geometry; its size is the teacher's.
         precision: of the network's forward; features are float32 in any case.
+        views: further views to look at, drawn from `seed`.
 
     Attributes:
         failed: rows whose image could not be used so far, with the reason.
@@ -73,19 +93,35 @@ class Feed:
         *,
         workers: int | Literal["auto"] = "auto",
         precision: Precision = "float32",
+        views: Sequence[ViewSpec] = (),
+        seed: int = 0,
     ) -> None:
         self.reader, self.teacher, self.view = reader, teacher, view
+        self.views, self.seed = tuple(views), seed
         self.threads, self.precision = decoding_threads(workers), precision
         self.failed: dict[int, str] = {}
         self.changed: set[int] = set()
 
-    def __call__(self, batches: Iterable[np.ndarray]) -> Generator[FeatureBatch, None, None]:
+    def __call__(
+        self, batches: Iterable[np.ndarray], *, base_only: bool = False
+    ) -> Generator[FeatureBatch, None, None]:
         """One `FeatureBatch` for each of `batches` (n,) int64, in order."""
-        for rows, pixels in self._decoded(batches):
-            ok = np.array([picture is not None for picture in pixels])
+        views = () if base_only else self.views
+        for rows, images in self._decoded(batches, views):
+            ok = np.array([image is not None for image in images])
             self._refuse_replaced(rows)
-            usable = [picture for picture in pixels if picture is not None]
-            yield FeatureBatch(rows, ok, self._features(usable) if usable else {})
+            usable = [image for image in images if image is not None]
+            if not usable:
+                yield FeatureBatch(rows, ok, {})
+                continue
+            further = {
+                spec.name: (
+                    self._features([image.pixels[1 + k] for image in usable]),
+                    np.stack([image.geometry[k] for image in usable]),
+                )
+                for k, spec in enumerate(views)
+            }
+            yield FeatureBatch(rows, ok, self._features([image.pixels[0] for image in usable]), further)
 
     def _refuse_replaced(self, rows: np.ndarray) -> None:
         """One damaged image in a million is left out; where most of a batch are others, their source was replaced."""
@@ -97,12 +133,14 @@ class Feed:
                 fix="put it back and run the same command, or move the manifest away and run: pipe index",
             )
 
-    def _decoded(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, list[np.ndarray | None]]]:
-        waiting: deque[tuple[np.ndarray, list[Future[np.ndarray | None]]]] = deque()
+    def _decoded(
+        self, batches: Iterable[np.ndarray], views: Sequence[ViewSpec]
+    ) -> Iterator[tuple[np.ndarray, list[_Seen | None]]]:
+        waiting: deque[tuple[np.ndarray, list[Future[_Seen | None]]]] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         try:
             for rows in batches:
-                waiting.append((rows, [pool.submit(self._pixels, int(row)) for row in rows]))
+                waiting.append((rows, [pool.submit(self._look, int(row), views) for row in rows]))
                 if len(waiting) > AHEAD:
                     yield _collected(*waiting.popleft())
             while waiting:
@@ -110,15 +148,18 @@ class Feed:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _pixels(self, row: int) -> np.ndarray | None:
-        """(S, S, 3) uint8, or None where the image cannot be decoded.
+    def _look(self, row: int, views: Sequence[ViewSpec]) -> _Seen | None:
+        """Every view of an image, or None where it cannot be decoded.
 
         Raises:
             PipeError: the file of an image that was indexed cannot be read. It may be back tomorrow, and to pass over
                 it would mark the image undecodable for good.
         """
         try:
-            return np.asarray(self.view(self.reader.image(row)))
+            image = self.reader.image(row)
+            drawn = [spec.draw(self.seed, row, image.width, image.height) for spec in views]
+            pixels = [self.view(image), *(replay(image, geometry, self.view.size) for geometry in drawn)]
+            return _Seen(np.stack([np.asarray(picture) for picture in pixels]), np.array(drawn).reshape(-1, NUMBERS))
         except SampleUnavailable as error:
             raise PipeError(
                 str(error),
@@ -135,7 +176,7 @@ class Feed:
             return None
 
     @torch.inference_mode()
-    def _features(self, pixels: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    def _features(self, pixels: Sequence[np.ndarray]) -> Features:
         """m pictures (S, S, 3) uint8 → scale → (m, T, C) float32, "global" → (m, C) float32."""
         device = self.teacher.get_buffer("_mean").device
         at_once = CPU_IMAGES if device.type == "cpu" else len(pixels)
@@ -154,9 +195,7 @@ class Feed:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _collected(
-    rows: np.ndarray, futures: list[Future[np.ndarray | None]]
-) -> tuple[np.ndarray, list[np.ndarray | None]]:
+def _collected(rows: np.ndarray, futures: list[Future[_Seen | None]]) -> tuple[np.ndarray, list[_Seen | None]]:
     return rows, [future.result() for future in futures]
 
 

@@ -5,16 +5,19 @@ B: pairs in this process's batch; L: context length; C: components of a scale; g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.cache.layout import GEOMETRY
 from pipeline.cache.reader import Cache
+from pipeline.data.geometry import ViewSpec, view_choice
 from pipeline.data.samples import SampleError, SampleReader
 from pipeline.data.views import Preprocess
 from pipeline.errors import PipeError
@@ -52,6 +55,9 @@ class PairDataset(Dataset[Batch]):
     Args:
         target_rows: (manifest rows,) int64, the cache row to read for each row (the identity, except in the
             control that permutes targets); None trains without a cache.
+        views: further views that epochs take in turns with the base view. With a cache their geometry is read from it,
+            so that image and target are of the same view; without, the same geometry is drawn.
+        view_seed: that views were drawn from.
     """
 
     def __init__(
@@ -63,22 +69,27 @@ class PairDataset(Dataset[Batch]):
         cache: Cache | None = None,
         target_rows: np.ndarray | None = None,
         seed: int = 0,
+        views: Sequence[ViewSpec] = (),
+        view_seed: int = 0,
     ) -> None:
         self.samples, self.preprocess, self.tokenizer = samples, preprocess, tokenizer
         self.cache, self.target_rows, self.seed = cache, target_rows, seed
+        self.views, self.view_seed = tuple(views), view_seed
 
     def __getitem__(self, step: Step) -> Batch:
-        self._read_ahead(step.ahead)
-        images, captions, rows, failed = [], [], [], []
+        self._read_ahead(step)
+        images, captions, rows, chosen, failed = [], [], [], [], []
         for row in step.rows.tolist():
+            view = self._view_of(step, row)
             try:
                 image, of_row = self.samples.read(row)
-                images.append(self.preprocess(image))
+                images.append(self.preprocess(image, self._geometry(view, row, image)))
             except SampleError as error:
                 failed.append((row, str(error)))
                 continue
             captions.append(of_row[caption_choice(self.seed, step.epoch, row, len(of_row))])
             rows.append(row)
+            chosen.append(view)
         size = self.preprocess.view.size
         return Batch(
             step=step.step,
@@ -86,22 +97,57 @@ class PairDataset(Dataset[Batch]):
             rows=torch.tensor(rows, dtype=torch.int64),
             images=torch.stack(images) if images else torch.empty(0, 3, size, size),
             tokens=self.tokenizer(captions) if captions else torch.empty(0, 1, dtype=torch.int64),
-            targets=self._targets(np.array(rows, dtype=np.int64)),
+            targets=self._targets(np.array(rows, dtype=np.int64), chosen),
             failed=failed,
         )
 
-    def _read_ahead(self, rows: np.ndarray) -> None:
-        """Ask the disk for what comes next while this batch is decoded."""
-        if len(rows):
-            self.samples.will_need(rows)
-            if self.cache is not None:
-                self.cache.will_need(rows if self.target_rows is None else self.target_rows[rows])
+    def _view_of(self, step: Step, row: int) -> ViewSpec | None:
+        """The view that an epoch takes of a row; None is the base view, which validation takes always."""
+        if not self.views or step.validates:
+            return None
+        choice = view_choice(self.seed, step.epoch, row, 1 + len(self.views))
+        return None if choice == 0 else self.views[choice - 1]
 
-    def _targets(self, rows: np.ndarray) -> dict[str, Tensor] | None:
+    def _geometry(self, view: ViewSpec | None, row: int, image: Image.Image) -> np.ndarray | None:
+        if view is None:
+            return None
+        if self.cache is None:
+            return view.draw(self.view_seed, row, image.width, image.height)
+        stored: np.ndarray = self.cache.geometry([row], view.name)[0]
+        return stored
+
+    def _read_ahead(self, step: Step) -> None:
+        """Ask the disk for what comes next while this batch is decoded."""
+        rows = step.ahead
+        if not len(rows):
+            return
+        self.samples.will_need(rows)
+        if self.cache is None:
+            return
+        for view in (None, *self.views):  # which one it will be depends on the epoch; the others come after
+            self.cache.will_need(self._target_rows(rows), view=None if view is None else view.name)
+
+    def _target_rows(self, rows: np.ndarray) -> np.ndarray:
+        return rows if self.target_rows is None else self.target_rows[rows]
+
+    def _targets(self, rows: np.ndarray, chosen: Sequence[ViewSpec | None]) -> dict[str, Tensor] | None:
+        """The cached rows, each of the view that its image is of."""
         if self.cache is None:
             return None
-        stored = self.cache.read_raw(rows if self.target_rows is None else self.target_rows[rows])
-        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in stored.items()}
+        targets: dict[str, np.ndarray] = {}
+        of_view = np.array([-1 if view is None else self.views.index(view) for view in chosen], np.int64)
+        for number in np.unique(of_view).tolist() or [-1]:
+            own = np.flatnonzero(of_view == number)
+            name = None if number < 0 else self.views[number].name
+            stored = self.cache.read_raw(self._target_rows(rows[own]), view=name)
+            stored.pop(GEOMETRY, None)
+            if len(own) == len(rows):
+                targets = stored
+                break
+            for key, values in stored.items():
+                whole = targets.setdefault(key, np.empty((len(rows), *values.shape[1:]), values.dtype))
+                whole[own] = values
+        return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in targets.items()}
 
 
 def permuted_rows(rows: np.ndarray, *, manifest_rows: int, seed: int) -> np.ndarray:

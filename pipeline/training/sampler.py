@@ -31,12 +31,14 @@ class Step:
         step: from 0 over the whole run.
         rows: (B,) int64.
         ahead: int64 rows that this process will need soon, in the order in which a disk should read them.
+        validates: whether the rows are only looked at: in the view that everyone has.
     """
 
     step: int
     epoch: int
     rows: np.ndarray
     ahead: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    validates: bool = False
 
 
 @dataclass(frozen=True)

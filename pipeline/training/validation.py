@@ -24,7 +24,7 @@ def validation_steps(rows: np.ndarray, *, batch_size: int, rank: int = 0, world_
     own = size // world_size
     for number in range(len(rows) // size if size else 0):
         first = number * size + rank * own
-        yield Step(number, 0, rows[first : first + own])
+        yield Step(number, 0, rows[first : first + own], validates=True)
 
 
 @torch.no_grad()
