@@ -21,8 +21,8 @@ TIMEOUT = 30.0  # seconds for one read; a server that refuses the connection fai
 SILENCE = 10.0  # seconds without a byte after which a connection is given up
 RETRIES = 3
 
-_RETRIED = ("s3_request_retries", "gcs_request_retries", "http_request_retries")
-RETRY_CONTEXT = dict.fromkeys(_RETRIED, {"max_retries": RETRIES, "initial_delay": "100ms", "max_delay": "1s"})
+_RETRY = {"max_retries": RETRIES, "initial_delay": "100ms", "max_delay": "1s"}
+RETRY_CONTEXT = {"s3_request_retries": _RETRY, "gcs_request_retries": _RETRY, "http_request_retries": _RETRY}
 
 _started_in: list[int] = []  # the process in which we first used tensorstore; forks inherit it
 
@@ -91,7 +91,12 @@ def _key_value_store(spec: str) -> Any:
 
 
 def read_object(url: str) -> bytes:
-    """A whole file of s3:// or gs://; FileNotFoundError where there is none, OSError whose strerror says what is wrong."""
+    """A whole file of s3:// or gs://.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: whatever else; strerror says what.
+    """
     folder, name = url.rsplit("/", 1)
     try:
         found = _key_value_store(json.dumps(kvstore_spec(folder))).read(name).result(timeout=TIMEOUT)
