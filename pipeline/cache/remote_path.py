@@ -77,11 +77,13 @@ class RemotePath:
         return io.BytesIO(self.read_bytes())
 
     def exists(self) -> bool:
-        """Whether there is a file; errors as `read_bytes`, but for the file that is missing."""
+        """Whether there is a file; PipeError where the server does not say."""
         try:
             self.read_bytes()
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise PipeError(f"cannot read the cache: {error.strerror}", where=self.url) from error
         return True
 
     def is_dir(self) -> bool:

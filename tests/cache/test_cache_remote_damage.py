@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_sample import ROWS, SHARD_ROWS
-from file_server import FileServer, serve
+from file_server import serve
 
 from pipeline.cache import layout, remote, remote_path
 from pipeline.cache.compress import compress_cache
@@ -109,16 +109,8 @@ def test_a_server_that_is_down_fails_in_seconds(tmp_path: Path, array: RowArray,
         line = refused(TensorStoreRows(RemotePath(f"{url}/copy.zarr")), array)
         assert "cannot read" in line
         assert time.monotonic() - start < 10
-    with pytest.raises(PipeError, match="cannot read"):
-        read_header_of(f"{url}/copy.zarr")
-
-
-def read_header_of(url: str) -> Any:
-    try:
-        return read_header(RemotePath(url))
-    except OSError as error:
-        assert error.strerror
-        raise PipeError(f"cannot read: {error.strerror}") from error
+    with pytest.raises(PipeError, match=r"cannot read the cache: .*refused"):
+        read_header(RemotePath(f"{url}/copy.zarr"))
 
 
 def test_a_server_that_never_answers_is_given_up(
@@ -138,16 +130,16 @@ def test_a_server_that_never_answers_is_given_up(
             server.silent = False
 
 
-@pytest.mark.parametrize("status", [403, 500])
-def test_an_error_of_the_server_is_named(copy: Path, array: RowArray, tmp_path: Path, status: int) -> None:
+@pytest.mark.parametrize(("status", "words"), [(403, "Forbidden"), (500, "Internal Server Error")])
+def test_an_error_of_the_server_is_named(copy: Path, array: RowArray, tmp_path: Path, status: int, words: str) -> None:
     with serve(tmp_path) as server:
         server.status = status
         root = RemotePath(f"{server.url}/{copy.name}")
-        with pytest.raises(OSError, match=str(status)) as caught:
+        with pytest.raises(OSError, match=f"{status} {words}") as caught:
             (root / "zarr.json").read_bytes()
         assert not isinstance(caught.value, FileNotFoundError)
         assert caught.value.strerror
-        assert str(status) in refused(TensorStoreRows(root), array)
+        assert words in refused(TensorStoreRows(root), array)
 
 
 def test_a_store_that_is_not_there_is_refused(tmp_path: Path, array: RowArray) -> None:
@@ -197,5 +189,5 @@ def test_codecs_that_only_tensorstore_reads_are_refused_elsewhere(
 
 def test_values_of_another_type_are_refused(copy: Path, whole_store: Path, array: RowArray) -> None:
     other = RowArray("fine", (9, 4), np.dtype("u1"), ("token", "component"))
-    with pytest.raises(PipeError, match="int8 .*not uint8"):
+    with pytest.raises(PipeError, match=r"int8 .*not uint8"):
         TensorStoreRows(copy).gather(other, ALL)
