@@ -9,6 +9,7 @@ Nothing stays open between two reads but what tensorstore and fsspec keep; fsspe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import io
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -115,20 +117,19 @@ def in_parallel(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
             raise
 
 
-def read_ranges(root: Any, wanted: Iterable[tuple[str, Range]]) -> list[bytes]:
+def read_ranges(root: Path | RemotePath, wanted: Iterable[tuple[str, Range]]) -> list[bytes]:
     """Parts of files below `root`, a Path or a RemotePath: (name, range) each. Errors as `RemotePath.read_bytes`."""
-    jobs = [partial(read_range, root / name, span) for name, span in wanted]
+    wanted = list(wanted)
     if not isinstance(root, RemotePath):
-        return [job() for job in jobs]
+        return _file_ranges(root, wanted)
+    jobs = [partial(read_range, root / name, span) for name, span in wanted]
     if root.scheme in ("http", "https") or not jobs:
         return in_parallel(jobs)
     return _fsspec_ranges([job.args[0] for job in jobs], [job.args[1] for job in jobs])
 
 
-def read_range(path: Any, span: Range) -> bytes:
+def read_range(path: RemotePath, span: Range) -> bytes:
     """A part of one file, or all of it; errors as `RemotePath.read_bytes`. Shorter where the file is."""
-    if not isinstance(path, RemotePath):
-        return _file_range(path, span)
     if path.scheme in ("http", "https"):
         return _http_range(path, span)
     if path.scheme in ("s3", "gs") and span == (None, None) and tensorstore_usable():
@@ -136,14 +137,21 @@ def read_range(path: Any, span: Range) -> bytes:
     return _fsspec_ranges([path], [span])[0]
 
 
-def _file_range(path: Any, span: Range) -> bytes:
-    with open(path, "rb") as handle:
-        first, end = span
-        if first is None:
-            size = handle.seek(0, os.SEEK_END)
-            first, end = (0, None) if end is None else (max(size - end, 0), None)
-        handle.seek(first)
-        return handle.read() if end is None else handle.read(end - first)
+def _file_ranges(root: Path, wanted: Sequence[tuple[str, Range]]) -> list[bytes]:
+    """Each file is opened once."""
+    found = []
+    with contextlib.ExitStack() as stack:
+        handles: dict[str, int] = {}
+        for name, (first, end) in wanted:
+            if name not in handles:
+                handles[name] = os.open(root / name, os.O_RDONLY)
+                stack.callback(os.close, handles[name])
+            handle = handles[name]
+            if first is None or end is None:
+                size = os.fstat(handle).st_size
+                first, end = (first or 0, size) if end is None else (max(size - end, 0), size)
+            found.append(os.pread(handle, end - first, first))
+    return found
 
 
 # --- http -------------------------------------------------------------------------------------------------------------
