@@ -12,7 +12,8 @@ kB are those of a row of the default configuration: three scales of grids 14, 7,
 and shard index included. `PCA 256` keeps 256 of 768 channels, and the same share of another width, so that sets compare
 at equal bytes; `all` keeps every channel. Compressed sizes are scaled by what the measured features shrink to.
 Cosine, Gram error and relative L2 are those of `pipeline.cache.codec.Fidelity`: means over scales, and of the 1 %
-quantile of the cosine the worst scale. `q 99.9 %` takes the step from that quantile of a component, not its maximum.
+quantile of the cosine the worst scale. `q 99.9 %`: the step is from that quantile of a component, not its maximum;
+`one step`: all components take the largest step, which leaves more for the compression.
 
 DATA holds flickr8k/train/*.tar (photographs) and teacher/mobilenetv2_100.tf_in1k.fp16.safetensors.
 """
@@ -33,8 +34,7 @@ from pipeline.cache.layout import RowArray, ScaleInfo, StoredDtype, row_arrays
 from pipeline.cache.shards import CRC_BYTES, INDEX_ENTRY_BYTES
 
 COMPRESSION = {"plain": None, "blosc": ("blosc", 5), "zstd": ("zstd", 5)}
-KEPT = (512, 384, 256, 128, 64)  # of 768 channels
-DEFAULT = 256
+KEPT = (384, 256, 128)  # of 768 channels
 
 
 @dataclass(frozen=True)
@@ -43,43 +43,65 @@ class Way:
 
     Args:
         components: kept of 768 channels; None: all.
-        quantile: of a component's magnitude, in per cent, that int8 steps come from; None: its maximum.
+        quantile: of a component's magnitude, in per cent, that int8 steps come from; 100: its maximum.
+        one_step: all components of an int8 scale take the largest of their steps.
     """
 
     dtype: StoredDtype
     components: int | None
-    quantile: float | None = None
+    quantile: float = 100.0
+    one_step: bool = False
 
     def __str__(self) -> str:
         kept = "all" if self.components is None else f"PCA {self.components}"
-        return f"{self.dtype}, {kept}" + (f", q {self.quantile:.4g} %" if self.quantile else "")
+        cut = "" if self.quantile == 100 else f", q {self.quantile:.4g} %"
+        return f"{self.dtype}, {kept}{cut}{', one step' if self.one_step else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the ways of storing one scale have in common: features (n, T, C), all eigenvectors (C, C), their moment."""
+
+    features: np.ndarray
+    basis: np.ndarray
+    moment: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Calibration:
+        moment = SecondMoment(features.shape[-1])
+        moment.update(features)
+        basis, _ = fit_basis(moment, features.shape[-1])
+        assert basis is not None
+        return cls(features, basis, moment.matrix)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def fit(way: Way, moment: SecondMoment, features: np.ndarray) -> ScaleCodec:
-    """A codec from calibration features (n, T, C)."""
-    width = features.shape[-1]
-    basis, explained = fit_basis(moment, None if way.components is None else round(width * way.components / WIDTH))
+def fit(way: Way, on: Calibration) -> ScaleCodec:
+    """A codec from the calibration's features."""
+    width, basis, explained = on.features.shape[-1], None, 1.0
+    if way.components is not None:
+        basis = np.ascontiguousarray(on.basis[:, : round(width * way.components / WIDTH)])
+        explained = float(np.einsum("ck,cd,dk->", basis, on.moment, basis, optimize=True) / np.trace(on.moment))
     codec = ScaleCodec(way.dtype, width, basis, None, explained)
     if way.dtype != "int8":
         return codec
-    coefficients = codec.project(features)
-    maxima = ComponentMaxima(codec.components)
-    if way.quantile is None:
+    coefficients, maxima = codec.project(on.features), ComponentMaxima(codec.components)
+    if way.quantile == 100:
         maxima.update(coefficients)
     else:
         flat = np.abs(coefficients).reshape(-1, codec.components)
         maxima.maxima = np.quantile(flat, way.quantile / 100, axis=0).astype(np.float32)
-    return codec.with_steps(maxima.steps())
+    steps = maxima.steps()
+    return codec.with_steps(np.full_like(steps, steps.max()) if way.one_step else steps)
 
 
-def measure(way: Way, moments: dict[str, SecondMoment], fitted: Features, held: Features) -> dict[str, float]:
+def measure(way: Way, fitted: dict[str, Calibration], held: Features) -> dict[str, float]:
     """Fidelity and bytes of one way on one set of features."""
     results, sizes, explained = [], {name: [] for name in COMPRESSION}, []
     for scale, features in held.items():
-        codec, fidelity = fit(way, moments[scale], fitted[scale]), Fidelity()
+        codec, fidelity = fit(way, fitted[scale]), Fidelity()
         stored = codec.encode(features)
         fidelity.update(features, codec.dequantise(stored.values, stored.token_steps), codec.basis)
         results.append(fidelity.result() | {"saturated": stored.saturated / stored.values.size})
@@ -88,9 +110,8 @@ def measure(way: Way, moments: dict[str, SecondMoment], fitted: Features, held: 
             sizes[name].append(shrunk)
     of = {key: np.array([result[key] for result in results]) for key in results[0]}
     means = ("cosine_mean", "gram_mean_abs", "relative_l2", "saturated")
-    figures = {key: float(of[key].mean()) for key in means} | {
-        "cosine_worst_1pct": float(of["cosine_worst_1pct"].min())
-    }
+    figures = {key: float(of[key].mean()) for key in means}
+    figures["cosine_worst_1pct"] = float(of["cosine_worst_1pct"].min())
     # A set with fewer scales than the default configuration lends its last one to the rest.
     shares = {name: {s: values[min(i, len(values) - 1)] for i, s in enumerate(GRIDS)} for name, values in sizes.items()}
     kilobytes = {f"{name}_kilobytes": default_bytes(way, share) / 1e3 for name, share in shares.items()}
@@ -121,17 +142,14 @@ def ways() -> list[Way]:
     """All that are compared."""
     dtypes: tuple[StoredDtype, ...] = ("float16", "int8", "int8_token")
     found = [Way(dtype, components) for components in (None, *KEPT) for dtype in dtypes]
-    return found + [Way("int8", DEFAULT, quantile) for quantile in (99.99, 99.9, 99.0)]
+    found += [Way("int8", components, one_step=True) for components in KEPT[:2]]
+    return found + [Way("int8", 256, quantile) for quantile in (99.99, 99.9, 99.0)]
 
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument(
-        "--real", type=Path, metavar="DATA", help="also real photographs and networks from this folder"
-    )
-    command.add_argument(
-        "--images", type=int, help="images that are fitted on (256; quick 12); half as many are measured"
-    )
+    command.add_argument("--real", type=Path, metavar="DATA", help="also photographs and networks from this folder")
+    command.add_argument("--images", type=int, help="images to fit on (256; quick 12); half as many are measured")
     arguments = command.parse_args()
     images = arguments.images or (12 if arguments.quick else 256)
     if images < 2:
@@ -148,13 +166,10 @@ def run(arguments: argparse.Namespace, images: int) -> None:
     cells: list[list[str]] = []
     figures: dict[str, float] = {"images_fitted": images, "images_measured": images // 2}
     for name, features in sets.items():
-        fitted = {scale: x[:images] for scale, x in features.items()}
+        fitted = {scale: Calibration.of(x[:images]) for scale, x in features.items()}
         held = {scale: x[images:] for scale, x in features.items()}
-        moments = {scale: SecondMoment(x.shape[-1]) for scale, x in fitted.items()}
-        for scale, x in fitted.items():
-            moments[scale].update(x)
         for way in ways():
-            found = measure(way, moments, fitted, held)
+            found = measure(way, fitted, held)
             figures |= {f"{name}/{way}/{key}".replace(" ", "_").replace(",", ""): v for key, v in found.items()}
             cells.append([f"{name}: {way}", *shown(found)])
     columns = ["stored", "kB", "Blosc", "Zstd", "cosine", "worst 1 %", "Gram error", "relative L2", "cut off"]
@@ -164,14 +179,8 @@ def run(arguments: argparse.Namespace, images: int) -> None:
 
 def shown(found: dict[str, float]) -> list[str]:
     sizes = [f"{found[f'{name}_kilobytes']:.1f}" for name in COMPRESSION]
-    cosines = [f"{found['cosine_mean']:.5f}", f"{found['cosine_worst_1pct']:.5f}"]
-    return [
-        *sizes,
-        *cosines,
-        f"{found['gram_mean_abs']:.5f}",
-        f"{found['relative_l2']:.4f}",
-        f"{found['saturated']:.1e}",
-    ]
+    cosines = [f"{found[name]:.5f}" for name in ("cosine_mean", "cosine_worst_1pct", "gram_mean_abs")]
+    return [*sizes, *cosines, f"{found['relative_l2']:.4f}", f"{found['saturated']:.0e}"]
 
 
 if __name__ == "__main__":

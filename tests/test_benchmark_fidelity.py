@@ -29,23 +29,31 @@ def test_bytes_of_a_row_are_those_of_a_stores_shards(fidelity: ModuleType, tmp_p
 
 def test_steps_come_from_the_maximum_or_the_quantile_of_the_calibration(fidelity: ModuleType) -> None:
     features = np.random.default_rng(0).normal(size=(40, 9, 12)).astype(np.float32)
+    on = fidelity.Calibration.of(features)
+    flat = np.abs(features.reshape(-1, 12))
+    maxima = flat.max(axis=0) / 127
+    np.testing.assert_allclose(fidelity.fit(fidelity.Way("int8", None), on).steps, maxima, rtol=1e-6)
+    codec = fidelity.fit(fidelity.Way("int8", None, 99.0), on)
+    np.testing.assert_allclose(codec.steps, np.quantile(flat, 0.99, axis=0) / 127, rtol=1e-6)
+    codec = fidelity.fit(fidelity.Way("int8", None, one_step=True), on)
+    np.testing.assert_allclose(codec.steps, np.full(12, maxima.max()), rtol=1e-6)
+
+
+def test_a_basis_keeps_the_same_share_of_every_width(fidelity: ModuleType) -> None:
+    features = np.random.default_rng(0).normal(size=(40, 9, 12)).astype(np.float32) * np.arange(12, 0, -1)
     moment = fidelity.SecondMoment(12)
     moment.update(features)
-    flat = np.abs(features.reshape(-1, 12))
-    codec = fidelity.fit(fidelity.Way("int8", None), moment, features)
-    np.testing.assert_allclose(codec.steps, flat.max(axis=0) / 127, rtol=1e-6)
-    codec = fidelity.fit(fidelity.Way("int8", None, 99.0), moment, features)
-    np.testing.assert_allclose(codec.steps, np.quantile(flat, 0.99, axis=0) / 127, rtol=1e-6)
-    assert fidelity.fit(fidelity.Way("float16", 256), moment, features).components == 4  # a third of the channels
+    codec = fidelity.fit(fidelity.Way("float16", 256), fidelity.Calibration.of(features))
+    basis, explained = fidelity.fit_basis(moment, 4)  # 256 of 768 is a third
+    np.testing.assert_array_equal(codec.basis, basis)
+    assert codec.explained == pytest.approx(explained, rel=1e-6)
 
 
 def test_more_components_and_finer_steps_lose_less(fidelity: ModuleType) -> None:
     features = fidelity.synthetic(24, 48, {"fine": 4})
-    held, fitted = {"fine": features["fine"][:8]}, {"fine": features["fine"][8:]}
-    moments = {"fine": fidelity.SecondMoment(48)}
-    moments["fine"].update(fitted["fine"])
-    found = {str(way): fidelity.measure(way, moments, fitted, held) for way in fidelity.ways()}
-    losses = [found[f"float16, {kept}"]["relative_l2"] for kept in ("all", "PCA 512", "PCA 256", "PCA 64")]
+    held, fitted = {"fine": features["fine"][:8]}, {"fine": fidelity.Calibration.of(features["fine"][8:])}
+    found = {str(way): fidelity.measure(way, fitted, held) for way in fidelity.ways()}
+    losses = [found[f"float16, {kept}"]["relative_l2"] for kept in ("all", "PCA 384", "PCA 256", "PCA 128")]
     assert losses == sorted(losses)
     assert losses[0] < 1e-3 < losses[1]
     assert found["int8, all"]["relative_l2"] > found["float16, all"]["relative_l2"]

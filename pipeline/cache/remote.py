@@ -9,6 +9,7 @@ Legend: n rows asked for.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,18 +127,20 @@ class TensorStoreRows:
         return found if len(distinct) == len(rows) and np.array_equal(distinct, rows) else found[which]
 
     def _problem(self, array: RowArray, rows: np.ndarray, error: Exception) -> PipeError:
-        """Which rows it is about: each is read alone, unless the server is the problem."""
+        """Which rows it is about: each is read alone, as far as time allows, unless the server is the problem."""
         where, reason = self.root / array.name, tensorstore_reason(error)
         opened = self.opened.get(array.name)
         if opened is None or not reason.startswith(OF_THE_DATA):
             return PipeError(f"cannot read the array {array.name}: {reason}", where=where)
-        waiting = [(row, opened[int(row)].read()) for row in np.unique(rows)]
-        bad: list[int] = []
+        waiting = [(row, opened[row].read()) for row in np.unique(rows).tolist()]
+        bad, deadline = [], time.monotonic() + self.timeout
         for row, future in waiting:
             try:
-                future.result(timeout=self.timeout)
+                future.result(timeout=max(deadline - time.monotonic(), 0.01))
+            except TimeoutError:
+                break
             except (ValueError, OSError):
-                bad.append(int(row))
+                bad.append(row)
         listed = named_rows(np.array(bad or rows))
         missing = reason.startswith("NOT_FOUND")
         what = "rows that `state` promises are missing" if missing else "damaged rows"
