@@ -142,16 +142,16 @@ def ways() -> list[Way]:
     """All that are compared."""
     dtypes: tuple[StoredDtype, ...] = ("float16", "int8", "int8_token")
     found = [Way(dtype, components) for components in (None, *KEPT) for dtype in dtypes]
-    found += [Way("int8", components, one_step=True) for components in KEPT[:2]]
+    found += [Way("int8", components, one_step=True) for components in (512, *KEPT[:2])]
     return found + [Way("int8", 256, quantile) for quantile in (99.99, 99.9, 99.0)]
 
 
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--real", type=Path, metavar="DATA", help="also photographs and networks from this folder")
-    command.add_argument("--images", type=int, help="images to fit on (256; quick 12); half as many are measured")
+    command.add_argument("--images", type=int, help="images to fit on (192; quick 12); half as many are measured")
     arguments = command.parse_args()
-    images = arguments.images or (12 if arguments.quick else 256)
+    images = arguments.images or (12 if arguments.quick else 192)
     if images < 2:
         command.error("--images takes whole numbers from 2")
     run(arguments, images)
