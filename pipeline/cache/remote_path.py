@@ -26,7 +26,7 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from pipeline.cache import layout
-from pipeline.cache.kvstore import RETRIES, SILENCE, read_object, tensorstore_usable
+from pipeline.cache.kvstore import RETRIES, SILENCE, read_object, s3_options, tensorstore_usable
 from pipeline.errors import PipeError
 
 AT_ONCE = 16  # requests in flight
@@ -199,11 +199,20 @@ def _cut(data: bytes, span: Range) -> bytes:
 # --- fsspec -----------------------------------------------------------------------------------------------------------
 
 
+def fsspec_options(scheme: str) -> dict[str, Any]:
+    """What s3fs is told that tensorstore is told too: the endpoint, and to sign nothing; {} for other schemes."""
+    if scheme != "s3":
+        return {}
+    told = s3_options()
+    found: dict[str, Any] = {"endpoint_url": told["endpoint"]} if "endpoint" in told else {}
+    return found | ({"anon": True} if told["aws_credentials"] == {"type": "anonymous"} else {})
+
+
 def _fsspec_ranges(paths: Sequence[RemotePath], spans: Sequence[Range]) -> list[bytes]:
     import fsspec
 
     try:
-        system, _ = fsspec.core.url_to_fs(paths[0].url)
+        system, _ = fsspec.core.url_to_fs(paths[0].url, **fsspec_options(paths[0].scheme))
     except (ImportError, ValueError) as error:
         fix = "install what reads it (for s3://: s3fs), or start workers by spawn instead of fork"
         raise PipeError(f"cannot read {paths[0].scheme}:// here ({error})", where=paths[0].url, fix=fix) from error

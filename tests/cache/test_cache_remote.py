@@ -20,7 +20,7 @@ from cache_sample import ROWS, SHARD_ROWS
 from file_server import FileServer, serve
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from pipeline.cache import layout, remote
+from pipeline.cache import layout, remote, remote_path
 from pipeline.cache.header import read_header, read_small
 from pipeline.cache.layout import RowArray
 from pipeline.cache.reader import open_cache
@@ -165,6 +165,21 @@ def test_s3_requests_are_signed_with_the_environments_key(s3: FileServer, monkey
     signed = s3.asked[-1][2]["authorization"]
     assert "Credential=AKIDEXAMPLE/" in signed
     assert "/eu-north-1/s3/" in signed
+
+
+def test_without_tensorstore_s3_goes_to_the_same_endpoint(s3: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/a", b"0123456789")
+    monkeypatch.setattr(remote_path, "tensorstore_usable", lambda: False)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url, **told: (asked.append((url, told)), (memory, url))[1])
+    monkeypatch.setattr(type(memory), "_strip_protocol", staticmethod(lambda path: path.removeprefix("s3:/")))
+    assert RemotePath("s3://bucket/a").read_bytes() == b"0123456789"
+    assert asked == [("s3://bucket/a", {"endpoint_url": s3.url, "anon": True})]
+    ranges = [("a", (None, 3)), ("a", (2, 4)), ("a", (8, 99))]
+    assert remote_path.read_ranges(RemotePath("s3://bucket"), ranges) == [b"789", b"23", b"89"]
+    assert remote_path.fsspec_options("memory") == {}
+    memory.rm("/bucket", recursive=True)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
