@@ -185,10 +185,12 @@ class MetadataAudit:
         try:
             digest = layout.digest_of(self.root, recorded["files"])
         except PipeError:
-            self._note("does not fit: a file that it covers cannot be read", layout.DIGEST)
+            self._note("cannot be compared: a file that it covers cannot be read", layout.DIGEST)
             return False
         if digest != recorded["sha256"]:
-            self._note("does not fit: metadata, a basis, steps or baselines were altered or damaged", layout.DIGEST)
+            named = any(finding.file in self.covered or finding.file == layout.DIGEST for finding in self.findings)
+            what = "the files that it covers" if named else "the attributes in zarr.json: one of the two was altered"
+            self._note(f"does not fit {what}", layout.DIGEST)
         return bool(digest == recorded["sha256"])
 
     @property

@@ -27,7 +27,7 @@ class Finding:
         file: relative to the store, with /.
         array, shard: what the file belongs to; a shard number means that extracting it again repairs this.
         rows: the rows of the cache that it concerns; empty where it concerns the file as a whole.
-        kind: "unfinished" is what a stopped extraction leaves behind, and no damage; a "stray" file should not be there.
+        kind: "unfinished" is what a stopped extraction leaves, and no damage; a "stray" file should not be there.
         fix: what to do where extracting the shard again is not the answer.
     """
 
