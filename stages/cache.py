@@ -108,10 +108,10 @@ def extract_again(config: Config, path: Path, report: Report) -> None:
     from pipeline.cache.reader import open_cache
     from pipeline.cache.writer import CacheWriter
     from pipeline.teacher.extract import extract, identify
-    from stages.extract_teacher import _settings, _teacher
+    from stages.extract_teacher import load, settings_of
 
     manifest = read_manifest(Workspace(config.workspace).manifest)
-    teacher, settings = _teacher(config), _settings(config)
+    teacher, settings = load(config), settings_of(config)
     identity = identify(manifest, teacher, settings, open_cache(path).settings["precision"])
     writer = CacheWriter.resume(path, identity)  # refuses another teacher or manifest, and takes the lock
     if writer is None:
@@ -119,7 +119,7 @@ def extract_again(config: Config, path: Path, report: Report) -> None:
     with writer:
         shards = audit.invalidate(path, report)
     log.info("extracting %d damaged shards again", len(shards))
-    extract(manifest, teacher, path, settings)
+    extract(manifest, teacher, path, settings, shards=shards)
 
 
 def _report_lines(report: Report) -> list[str]:

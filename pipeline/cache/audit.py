@@ -126,7 +126,7 @@ def _inventory(plan: Plan, covered: Collection[str]) -> tuple[set[int], list[Fin
     dimensions = {array.name: len(array.row_shape) + 1 for array in plan.arrays}
     dimensions |= {layout.STATE: 1, layout.SATURATED: 2, seals.SEALS: 3}
     present, strays = set[int](), list[Finding]()
-    expected = {*covered, layout.METADATA, layout.DIGEST, layout.LOCK}
+    expected = {*covered, layout.METADATA, layout.DIGEST, layout.LOCK, layout.GROWING}
     for name in _files(plan.root):
         if name in expected or name.split("/")[0] == layout.TEMPORARY:
             continue

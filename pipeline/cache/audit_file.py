@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache import layout
 from pipeline.cache.findings import Finding, as_rows
 from pipeline.cache.layout import RowArray
 from pipeline.cache.shards import CRC_BYTES, MISSING_CHUNK, crc32c, index_bytes
@@ -29,18 +30,22 @@ class FileAudit:
     Args:
         root, array, shard: which file.
         first: the row in slot 0.
-        ok: (S,) bool, which slots must have a chunk; None where the shard's `state` cannot be believed.
         shard_rows: S.
+        state: (S,) uint8; None where it cannot be believed. Slots of state 1 must have a chunk, and those of state 0
+            may: while new rows are added to a shard, its `state` promises the old ones alone. All others must not.
 
     Attributes:
         findings: all of them.
         bytes_read: of the file.
         stored, computed: the CRC-32C of each chunk, (S,) uint32, as written in the file and as its values give.
         slots: those whose chunk was read, ascending; None where some chunk could not be.
+        extended: whether there are chunks of rows that `state` calls absent.
     """
 
-    def __init__(self, root: Path, array: RowArray, shard: int, first: int, shard_rows: int, ok: np.ndarray | None):
-        self.root, self.array, self.shard, self.first, self.ok = root, array, shard, first, ok
+    def __init__(self, root: Path, array: RowArray, shard: int, first: int, shard_rows: int, state: np.ndarray | None):
+        self.root, self.array, self.shard, self.first, self.state = root, array, shard, first, state
+        self.ok = None if state is None else state == layout.OK
+        self.extended = False
         self.shard_rows, self.stride = shard_rows, array.row_bytes + CRC_BYTES
         self.file = array.file(root, shard)
         self.findings: list[Finding] = []
@@ -73,23 +78,26 @@ class FileAudit:
         return np.flatnonzero(self.ok) if self.ok is not None else np.zeros(0, np.int64)
 
     def _examine(self, handle: int, size: int) -> None:
-        index_size = index_bytes(self.shard_rows)
-        expected = None if self.ok is None else int(self.ok.sum()) * self.stride + index_size
-        if expected is not None and size < expected:
-            self._note(f"cut short: {size:,} of {expected:,} bytes")
-        elif expected is not None and size > expected:
-            self._note(f"{size - expected:,} bytes longer than its rows and its index")
-        places = [size - index_size] if expected is None else [size - index_size, expected - index_size]
-        for place in dict.fromkeys(places):  # bytes were appended: the index stands where it did
-            index = os.pread(handle, index_size, place) if place >= 0 else b""
-            if len(index) == index_size and crc32c(index[:-CRC_BYTES]) == int.from_bytes(index[-CRC_BYTES:], "little"):
-                offsets = self._offsets(np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(-1, 2), place)
-                break
-        else:
+        end = size - index_bytes(self.shard_rows)
+        index = self._index_at(handle, end)
+        if index is None and self.ok is not None:
+            usual = int(self.ok.sum()) * self.stride
+            if end < usual:
+                self._note(f"cut short: {size:,} of {size - end + usual:,} bytes")
+            elif end > usual:  # bytes were appended: the index may stand where it did
+                self._note(f"{end - usual:,} bytes longer than its rows and its index")
+                end, index = usual, self._index_at(handle, usual)
+        if index is None:
             self._note("its index is cut off or damaged (the checksum does not fit)")
-            offsets = self._usual_offsets(size)
-        self._check_chunks(handle, offsets)
+        self._check_chunks(handle, self._usual_offsets(size) if index is None else self._offsets(index, end))
         self.bytes_read = size
+
+    def _index_at(self, handle: int, place: int) -> np.ndarray | None:
+        """(S, 2) uint64, the index that begins at byte `place`; None where there is no sound one."""
+        length = index_bytes(self.shard_rows)
+        data = os.pread(handle, length, place) if place >= 0 else b""
+        sound = len(data) == length and crc32c(data[:-CRC_BYTES]) == int.from_bytes(data[-CRC_BYTES:], "little")
+        return np.frombuffer(data[:-CRC_BYTES], "<u8").reshape(-1, 2) if sound else None
 
     def _usual_offsets(self, size: int) -> np.ndarray:
         """Where our writer puts the chunks: in row order, without gaps."""
@@ -112,9 +120,10 @@ class FileAudit:
             ("the index gives a chunk a wrong length", ~missing & ~length_ok),
             ("the index points outside the file", ~missing & length_ok & ~inside),
         ]
-        if self.ok is not None:
-            wrong.append(("marked ok, but there is no chunk", self.ok & missing))
-            wrong.append(("there is a chunk, but `state` does not say ok", ~self.ok & ~missing))
+        if self.state is not None:
+            wrong.append(("marked ok, but there is no chunk", (self.state == layout.OK) & missing))
+            wrong.append(("there is a chunk, but `state` forbids it", (self.state > layout.OK) & ~missing))
+            self.extended = bool(((self.state == layout.ABSENT) & ~missing).any())
         for what, where in wrong:
             if where.any():
                 self._note(what, np.flatnonzero(where))
@@ -154,10 +163,19 @@ class FileAudit:
         for what, found in bad.items():
             if len(rows := np.concatenate(found)):
                 self._note(what, rows)
-        expected = self._ok_slots() if self.ok is not None else slots
-        unread = bad.get("cannot be read to its end", [])
-        complete = np.array_equal(slots, expected) and not any(len(part) for part in unread)
+        unread = any(len(part) for part in bad.get("cannot be read to its end", []))
+        complete = np.isin(self._ok_slots(), slots).all() and not unread
         self.slots = slots if complete else None
+
+    def sealed(self) -> list[bytes]:
+        """What the file's seal may be over: its chunks' checksums as they stand or as the values give (one of the two
+        was damaged), of all chunks or (while rows are added) of those that `state` promises; [] where some is unread.
+        """
+        if self.slots is None:
+            return []
+        promised = self.slots if self.ok is None else self.slots[self.ok[self.slots]]
+        options = [sums[slots].tobytes() for slots in (self.slots, promised) for sums in (self.stored, self.computed)]
+        return list(dict.fromkeys(options))
 
 
 def _blocks(slots: np.ndarray, offsets: np.ndarray, stride: int) -> Iterator[np.ndarray]:

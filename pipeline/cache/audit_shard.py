@@ -18,6 +18,8 @@ from pipeline.cache.seals import SEALS, read_seals, seal, seal_file
 from pipeline.cache.shards import CRC_BYTES, without_crc
 from pipeline.errors import PipeError
 
+BEYOND = np.uint8(255)  # what stands for the state of slots behind the last row
+ADDING = "rows are being added, or that was cut off; pipe extract-teacher goes on with this shard"
 NOT_ITS_OWN = "sound, but not the file that was written here (its seal does not fit): exchanged with another?"
 
 
@@ -91,27 +93,31 @@ class _Shard:
         self.plan, self.shard, self.state_bytes = plan, shard, state
         self.found = ShardAudit(shard)
         self.first = shard * plan.shard_rows
+        self.in_part = False
         self.ok_rows: tuple[int, ...] = ()
         self.checksums: dict[str, list[bytes]] = {}  # of the files that were read whole: each may explain the seal
 
     def run(self) -> ShardAudit:
-        state = self._state()
-        ok = None if state is None else state == layout.OK
+        state, extended = self._state(), False
         if state is not None:
             self.ok_rows = as_rows(self.first + np.flatnonzero(state == layout.OK))
             in_shard = state[: self.plan.rows_of(self.shard)]
             absent, fine, undecodable = (int((in_shard == value).sum()) for value in range(3))
-            self.found.states = (absent, fine, undecodable)
+            self.found.states, self.in_part = (absent, fine, undecodable), absent > 0
+            state = np.append(in_shard, np.full(self.plan.shard_rows - len(in_shard), BEYOND))
         self._saturated()
         for array in self.plan.arrays:
-            audit = FileAudit(self.plan.root, array, self.shard, self.first, self.plan.shard_rows, ok).run()
+            audit = FileAudit(self.plan.root, array, self.shard, self.first, self.plan.shard_rows, state).run()
             self.found.findings += audit.findings
             self.found.bytes_read += audit.bytes_read
-            if audit.slots is not None:
-                options = dict.fromkeys((audit.stored[audit.slots].tobytes(), audit.computed[audit.slots].tobytes()))
-                self.checksums[array.name] = list(options)
+            if options := audit.sealed():
+                self.checksums[array.name] = options
+            extended = extended or audit.extended
         if self.plan.sealed:
-            self._seals()
+            extended = self._seals(extended)
+        if extended:
+            file = str(self.plan.state_file(self.shard).relative_to(self.plan.root))
+            self.found.findings.append(Finding(ADDING, file, layout.STATE, self.shard, kind="unfinished"))
         return self.found
 
     def _note(self, what: str, name: str, file: Path, rows: tuple[int, ...] = ()) -> None:
@@ -152,22 +158,32 @@ class _Shard:
         if body is not None and (np.frombuffer(body, "<i8") < 0).any():
             self._note("negative counts", layout.SATURATED, file)
 
-    def _seals(self) -> None:
+    def _seals(self, extended: bool) -> bool:
+        """Compare the seals with the files; whether rows are being added (`extended`: their chunks are there).
+
+        Then chunks and seals are replaced before `state` is: what it promises is the same throughout.
+        """
         file, plan = seal_file(self.plan.root, self.shard), self.plan
         try:
             seals = read_seals(plan.root, self.shard, plan.arrays)
         except PipeError as error:
             what = "the file is missing" if not file.exists() else error.what
             self._note(what, SEALS, file)
-            return
-        fits = {
-            name: any(seal(name, self.shard, option) == seals[name] for option in options)
+            return extended
+        misfits = {
+            name
             for name, options in self.checksums.items()
+            if not any(seal(name, self.shard, option) == seals[name] for option in options)
         }
-        if fits and not any(fits.values()):
+        if misfits and misfits == set(self.checksums):
             self._note("the seals are of another shard", SEALS, file)
-            return
+            return extended
+        if extended:
+            misfits -= {layout.STATE, layout.SATURATED}
+        elif self.in_part and misfits == {layout.STATE}:  # the rows that are added are all undecodable
+            return True
         arrays = {array.name: array.file(plan.root, self.shard) for array in plan.arrays}
         files = arrays | {layout.STATE: plan.state_file(self.shard), layout.SATURATED: plan.saturated_file(self.shard)}
-        for name in (name for name, fit in fits.items() if not fit):
+        for name in (name for name in files if name in misfits):
             self._note(NOT_ITS_OWN, name, files[name], self.ok_rows if name in arrays else ())
+        return extended

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,11 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.header import SmallArrays, read_small, write_header
+from pipeline.cache.locks import StoreLock
+from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.shards import index_bytes, without_crc
-from pipeline.cache.store import read_bytes, read_json, take_lock
+from pipeline.cache.store import read_bytes, read_json
 from pipeline.cache.writer import CacheWriter
 from pipeline.console import progress
 from pipeline.data.parallel import run_all
@@ -63,7 +66,7 @@ def copy_cache(
     lock = _fresh(partial)
     try:
         write_header(partial, attributes, small)
-        with CacheWriter(partial, lock) as writer:
+        with CacheWriter(partial, lock, Part()) as writer:
             _copy_shards(cache, writer, wanted, workers)
         os.rename(partial, out)  # raises where somebody put a folder with files there meanwhile
         (out / layout.LOCK).unlink(missing_ok=True)
@@ -145,13 +148,15 @@ def _refuse_full_disk(cache: Cache, attributes: dict[str, Any], wanted: np.ndarr
         raise PipeError(f"the copy takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free", where=folder)
 
 
-def _fresh(partial: Path) -> int:
+def _fresh(partial: Path) -> StoreLock:
     """An empty folder and its lock; what a copy that was killed left there goes. One that is at work is left alone."""
     try:
         partial.mkdir(exist_ok=True)
     except OSError as error:
         raise PipeError(f"cannot make the copy's folder: {error.strerror}", where=partial) from error
-    lock = take_lock(partial)
+    lock = StoreLock(partial)
+    if not lock.exclusive():
+        raise PipeError(f"another copy is being made ({lock.holders()})", where=partial, fix="wait for it, or stop it")
     for entry in partial.iterdir():
         if entry.name != layout.LOCK:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -163,6 +168,7 @@ def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers:
     state = np.where(wanted, cache.state(), layout.ABSENT)
     todo = np.unique(np.flatnonzero(state != layout.ABSENT) // cache.shard_rows).tolist()
     places = {scale.name: place for place, scale in enumerate(cache.scales)}
+    writing = threading.Lock()
     failed: list[Exception] = []  # raised when all threads are at rest: none may write into a folder that is removed
 
     def copy(shard: int) -> int:
@@ -184,7 +190,8 @@ def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers:
         file = cache.path / layout.chunk_path(layout.SATURATED, shard, 2)
         counts = np.frombuffer(without_crc(read_bytes(file), file), "<i8")
         saturated = {scale.name: int(counts[places[scale.name]]) for scale in writer.scales}
-        writer.write_shard(shard, arrays, here, saturated)
+        with writing:
+            writer.write_shard(shard, arrays, here, saturated)
         return len(slots)
 
     with progress("copying", total=int((state == layout.OK).sum()), unit="rows") as bar:

@@ -122,7 +122,7 @@ def grow_header(path: Path, identity: CacheIdentity) -> None:
         "manifest_fingerprint": identity.manifest_fingerprint,
         "segments": [*attributes["segments"], identity.rows],
     }
-    contents = _row_documents(attributes)
+    contents = {name: data for name, data in _row_documents(attributes).items() if name in covered}  # seals may not be
     digest = {"sha256": layout.digest_of(path, covered, contents), "files": covered}
     contents[layout.DIGEST] = layout.json_bytes(digest)
     texts = {name: data.decode() for name, data in contents.items()}

@@ -30,7 +30,7 @@ from pipeline.cache.layout import CacheIdentity, ScaleInfo
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.seals import write_seals
+from pipeline.cache.seals import SEALS, write_seals
 from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_state, with_crc
 from pipeline.cache.store import publish
 from pipeline.errors import PipeError
@@ -53,6 +53,7 @@ class CacheWriter:
         self.path, self.rows, self.shard_rows, self.shards = path, cache.rows, cache.shard_rows, cache.shards
         self.arrays, self.scales, self.part = cache.arrays, cache.scales, part
         self.codecs = {s.name: _stored_codec(cache, s) for s in cache.scales}
+        self._sealed = (path / SEALS / layout.METADATA).exists()  # caches of older writers have no seals
         if (held := lock.claim(part.shards(self.shards))) is not None:
             raise _busy(path, lock, f"writing shard {held} of this cache")
         self._lock: StoreLock | None = lock
@@ -228,7 +229,8 @@ class CacheWriter:
         padded = np.zeros(self.shard_rows, np.uint8)
         padded[: len(state)] = state
         state_bytes = with_crc(padded.tobytes())
-        write_seals(self.path, index, self.arrays, checksums, counts_bytes, state_bytes)
+        if self._sealed:
+            write_seals(self.path, index, self.arrays, checksums, counts_bytes, state_bytes)
         publish(self.path, state_file, state_bytes)
 
     def _checked(self, index: int, arrays: Mapping[str, np.ndarray], state: np.ndarray) -> np.ndarray:

@@ -205,7 +205,7 @@ def test_an_index_may_order_chunks_otherwise(store: Path) -> None:
         (2, (2**64 - 1, 2**64 - 1), "marked ok, but there is no chunk", [2]),
         (2, (STRIDE, STRIDE), "chunks overlap", [1, 2]),
         (2, (2 * STRIDE - 1, STRIDE), "chunks overlap", [1, 2]),
-        (3, (2 * STRIDE, STRIDE), "`state` does not say ok", [3]),
+        (3, (2 * STRIDE, STRIDE), "`state` forbids it", [3]),
     ],
 )  # fmt: skip
 def test_an_index_that_lies_is_found_though_its_checksum_fits(

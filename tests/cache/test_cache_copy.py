@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from cache_sample import ROWS, SHARD_ROWS, UNDECODABLE_ROWS, Sample
 from pipeline.cache import layout
 from pipeline.cache.audit import verify
 from pipeline.cache.copy import copy_cache
+from pipeline.cache.locks import StoreLock
 from pipeline.cache.reader import check_matches, open_cache
-from pipeline.cache.store import take_lock
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import PipeError
 
@@ -104,11 +103,12 @@ def test_a_killed_copy_is_started_anew_and_a_running_one_left_alone(whole_store:
     partial = tmp_path / ".copy.zarr.copying"
     (partial / "fine" / "c").mkdir(parents=True)
     (partial / "digest.json").write_text("half")
-    lock = take_lock(partial)
-    with pytest.raises(PipeError, match="another"):
+    lock = StoreLock(partial)
+    assert lock.exclusive()
+    with pytest.raises(PipeError, match="another copy"):
         copy_cache(whole_store, tmp_path / "copy.zarr")
     assert (partial / "digest.json").read_text() == "half"
-    os.close(lock)
+    lock.close()
     copy_cache(whole_store, tmp_path / "copy.zarr")
     assert store_bytes(tmp_path / "copy.zarr") == store_bytes(whole_store)
     assert not partial.exists()
