@@ -13,7 +13,7 @@ from pipeline.cache.findings import Finding, Report
 from pipeline.config import Config
 from pipeline.console import log
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.errors import PipeError
+from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import Workspace
 
 SHOWN = 100  # findings printed; --json has them all
@@ -86,10 +86,12 @@ def verify(path: Path, config: Config | None, *, repair: bool = False, as_json: 
     if not as_json:
         print("\n".join(_report_lines(report)))
     if repair and config is not None and report.damaged_shards and not report.beyond_repair:
+        there = _rows_there(path, report.damaged_shards)
         extract_again(config, path, report)
         after = audit.verify(path, manifest=manifest, shards=report.damaged_shards)
         if not as_json:
-            print("\n".join(_repair_lines(report, after)))
+            more = _rows_there(path, report.damaged_shards) - there
+            print("\n".join(_repair_lines(report, after, more)))
     elif repair and report.beyond_repair and not as_json:
         print("not repaired: extracting shards again does not help here")
     if as_json:
@@ -103,6 +105,7 @@ def extract_again(config: Config, path: Path, report: Report) -> None:
 
     Raises:
         PipeError: the cache is of something else than the config says, or another process writes to it.
+        Stopped: a signal arrived; the shards are unfinished now, and no longer damaged.
     """
     from pipeline.cache import audit
     from pipeline.cache.reader import open_cache
@@ -119,7 +122,25 @@ def extract_again(config: Config, path: Path, report: Report) -> None:
     with writer:
         shards = audit.invalidate(path, report)
     log.info("extracting %d damaged shards again", len(shards))
-    extract(manifest, teacher, path, settings, shards=shards)
+    try:
+        extract(manifest, teacher, path, settings, shards=shards)
+    except Stopped as stop:
+        raise Stopped("in the repair", "pipe extract-teacher goes on from here") from stop
+
+
+def _rows_there(path: Path, shards: Sequence[int]) -> int:
+    """Rows with a state, ok or undecodable, in `shards`; a damaged `state` counts as full."""
+    from pipeline.cache.reader import open_cache
+    from pipeline.cache.shards import read_state
+
+    cache, count = open_cache(path), 0
+    for shard in shards:
+        try:
+            state = read_state(path, shard, cache.shard_rows)
+        except (PipeError, OSError):
+            state = np.ones(min(cache.shard_rows, cache.rows - shard * cache.shard_rows), np.uint8)
+        count += 0 if state is None else int(np.count_nonzero(state))
+    return count
 
 
 def _report_lines(report: Report) -> list[str]:
@@ -148,12 +169,13 @@ def _bounded(findings: Sequence[Finding]) -> list[str]:
     return [*lines, f"... and {more:,} more (--json lists them all)"] if more > 0 else lines
 
 
-def _repair_lines(before: Report, after: Report) -> list[str]:
-    shards = len(before.damaged_shards)
+def _repair_lines(before: Report, after: Report, more: int) -> list[str]:
+    shards = f"{len(before.damaged_shards):,} shards were extracted again"
     if after.damage:
-        lines = [f"repaired {shards:,} shards, but there is still damage:", *_bounded(after.damage)]
-    else:
-        lines = [f"repaired: {shards:,} shards were extracted again, read once more and found sound"]
+        return [f"repaired in part: {shards}, but this is still wrong:", *_bounded(after.damage)]
+    lines = [f"repaired: {shards}, read once more and found sound"]
+    if more > 0:  # of a copy, or below a limit: an extraction writes whole shards
+        lines.append(f"note: {more:,} rows of these shards that were absent are there now")
     return lines
 
 
