@@ -2,7 +2,7 @@
 
 Row numbers stay: cache row = manifest row in the copy too, and it has as many rows. Those that are not copied are
 absent (state 0), so that the copy serves the same manifest with `data.rows: cached`, and an extraction can fill it up.
-Counts of saturated values are kept by shard: of a shard that is copied in part they are upper bounds.
+Values that were cut off are counted by shard: those of a shard that is copied in part do not count.
 
 Every row's checksum is compared as it is read: damage is not copied. The copy is made beside its place, in a folder
 whose name begins with a dot, and renamed into place when it is whole.
@@ -25,8 +25,8 @@ from pipeline.cache.header import SmallArrays, read_small, write_header
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.shards import index_bytes, without_crc
-from pipeline.cache.store import read_bytes, read_json
+from pipeline.cache.shards import index_bytes
+from pipeline.cache.store import read_json
 from pipeline.cache.writer import CacheWriter
 from pipeline.console import progress
 from pipeline.data.parallel import run_all
@@ -167,7 +167,6 @@ def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers:
     """Write every shard in which a row was asked for; shards without one stay absent."""
     state = np.where(wanted, cache.state(), layout.ABSENT)
     todo = np.unique(np.flatnonzero(state != layout.ABSENT) // cache.shard_rows).tolist()
-    places = {scale.name: place for place, scale in enumerate(cache.scales)}
     writing = threading.Lock()
     failed: list[Exception] = []  # raised when all threads are at rest: none may write into a folder that is removed
 
@@ -187,9 +186,8 @@ def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers:
         for array in writer.arrays:
             arrays[array.name] = np.zeros((len(here), *array.row_shape), array.dtype)
             arrays[array.name][slots] = stored.pop(array.name)
-        file = cache.path / layout.chunk_path(layout.SATURATED, shard, 2)
-        counts = np.frombuffer(without_crc(read_bytes(file), file), "<i8")
-        saturated = {scale.name: int(counts[places[scale.name]]) for scale in writer.scales}
+        whole = np.array_equal(here, cache.state()[rows.start : rows.stop])
+        saturated = cache.saturated_in(shard) if whole else {}
         with writing:
             writer.write_shard(shard, arrays, here, saturated)
         return len(slots)
