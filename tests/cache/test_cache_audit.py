@@ -388,12 +388,19 @@ def test_metadata_that_is_gibberish_hides_no_damaged_row(store: Path, flip: Flip
     assert {file for file, *_ in said(report)} <= {name, "digest.json", FINE}
 
 
-def test_attributes_that_the_arrays_do_not_bear_out_are_not_believed(store: Path, flip: Flip) -> None:
-    """One digit of `rows`: the arrays still say what is there, and no sound shard is called damaged."""
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"shard_rows": 8', '"shard_rows": 9'), (f'"rows": {ROWS}', f'"rows": {ROWS + 6000000}'), ('"mid"', '"mud"')],
+)
+def test_attributes_that_the_arrays_do_not_bear_out_are_not_believed(
+    store: Path, flip: Flip, old: str, new: str
+) -> None:
+    """One digit or letter: the arrays still say what is there, and no sound shard is called damaged."""
     text = (store / "zarr.json").read_text()
-    (store / "zarr.json").write_text(text.replace(f'"rows": {ROWS}', f'"rows": {ROWS + 6000000}'))
+    (store / "zarr.json").write_text(text.replace(old, new))
     flip(store / FINE, 5 * STRIDE, 0)
     report = verify(store)
+    assert "digest.json" in {finding.file for finding in report.beyond_repair}
     assert report.damaged_shards == [0]
     assert (FINE, 0, [6]) in said(report)
 
