@@ -142,6 +142,95 @@ def extract_teacher(
     stage.run(settings, limit=limit, part=None if part is None else Part.parse(part), processes=processes)
 
 
+cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a teacher cache, check it, copy it.")
+app.add_typer(cache_app, name="cache")
+
+CacheArgument = Annotated[
+    Path | None, typer.Argument(metavar="[PATH]", help="The cache's folder; default: the workspace's.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+def _config_or_path(path: Path | None, config: Path | None, sets: list[str] | None) -> Config | None:
+    """None where a cache is named and no config is: then none is needed."""
+    return None if path is not None and config is None and not sets else load(config, sets)
+
+
+@cache_app.command("info")
+@friendly
+def cache_info(
+    path: CacheArgument = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """What it is, how big, how faithful, how complete."""
+    settings = _config_or_path(path, config, sets)
+    from stages import cache as stage
+
+    stage.info(stage.locate(path, settings), settings, as_json=as_json)
+
+
+@cache_app.command("verify")
+@friendly
+def cache_verify(
+    path: CacheArgument = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Extract the damaged shards again.")] = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Read all of it; name every damaged shard and row. Exit code 1 on any damage."""
+    settings = load(config, sets) if repair else _config_or_path(path, config, sets)
+    from stages import cache as stage
+
+    if not stage.verify(stage.locate(path, settings), settings, repair=repair, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@cache_app.command("stats")
+@friendly
+def cache_stats(
+    path: CacheArgument = None,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, metavar="N", help="A random choice of N rows.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of that choice.")] = 0,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Moments and spectra of its features."""
+    settings = _config_or_path(path, config, sets)
+    from stages import cache as stage
+
+    stage.stats(stage.locate(path, settings), rows=rows, seed=seed, as_json=as_json)
+
+
+@cache_app.command("copy")
+@friendly
+def cache_copy(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new cache's folder.")],
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="PATH", help="The cache to copy; default: the workspace's.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option("--rows", metavar="A-B", help="Rows A to B, both included.")] = None,
+    rows_file: Annotated[Path | None, typer.Option("--rows-file", metavar="FILE", help="A row number a line.")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="train|val", help="Rows of this split.")] = None,
+    scales: Annotated[str | None, typer.Option("--scales", metavar="NAMES", help="By commas, e.g. fine,mid.")] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Copy some rows or scales into a new cache; rows keep their numbers, others are absent."""
+    settings = _config_or_path(source, config, sets)
+    from stages import cache as stage
+
+    place = stage.locate(source, settings)
+    stage.copy(place, out, settings, rows=rows, rows_file=rows_file, split=split, scales=scales)
+
+
 @app.command()
 @friendly
 def train(

@@ -13,6 +13,8 @@ import numpy as np
 from pipeline.cache import layout
 from pipeline.cache.codec import ScaleCodec
 from pipeline.cache.layout import CacheIdentity, RowArray, ScaleInfo
+from pipeline.cache.seals import SEALS
+from pipeline.cache.seals import document as seals_document
 from pipeline.cache.shards import with_crc, without_crc
 from pipeline.cache.store import publish, read_bytes, read_json
 from pipeline.errors import PipeError
@@ -101,6 +103,7 @@ def _row_documents(attributes: dict[str, Any]) -> dict[str, bytes]:
     }
     documents[layout.STATE] = layout.plain_array_document((rows,), (shard_rows,), np.dtype("u1"), ("row",))
     shape = (-(-rows // shard_rows), len(scales))
+    documents[SEALS] = seals_document(layout.row_arrays(scales, attributes["global_width"]), shape[0])
     documents[layout.SATURATED] = layout.plain_array_document(
         shape, (1, len(scales)), np.dtype("<i8"), ("shard", "scale")
     )
@@ -123,7 +126,7 @@ def grow_header(path: Path, identity: CacheIdentity) -> None:
         "manifest_fingerprint": identity.manifest_fingerprint,
         "segments": [*attributes["segments"], identity.rows],
     }
-    contents = _row_documents(attributes)
+    contents = {name: data for name, data in _row_documents(attributes).items() if name in covered}  # seals may not be
     digest = {"sha256": layout.digest_of(path, covered, contents), "files": covered}
     contents[layout.DIGEST] = layout.json_bytes(digest)
     texts = {name: data.decode() for name, data in contents.items()}

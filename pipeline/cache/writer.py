@@ -30,6 +30,7 @@ from pipeline.cache.layout import CacheIdentity, ScaleInfo
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
+from pipeline.cache.seals import SEALS, write_seals
 from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_state, with_crc
 from pipeline.cache.store import publish
 from pipeline.errors import PipeError
@@ -52,6 +53,7 @@ class CacheWriter:
         self.path, self.rows, self.shard_rows, self.shards = path, cache.rows, cache.shard_rows, cache.shards
         self.arrays, self.scales, self.part = cache.arrays, cache.scales, part
         self.codecs = {s.name: _stored_codec(cache, s) for s in cache.scales}
+        self._sealed = (path / SEALS / layout.METADATA).exists()  # caches of older writers have no seals
         if (held := lock.claim(part.shards(self.shards))) is not None:
             raise _busy(path, lock, f"writing shard {held} of this cache")
         self._lock: StoreLock | None = lock
@@ -215,14 +217,21 @@ class CacheWriter:
         if state_file.exists() and not extends:
             state_file.unlink()
             sync_folder(state_file.parent)
+        checksums = {}
         for array in self.arrays:
             values = np.ascontiguousarray(arrays[array.name], array.dtype)
-            publish(self.path, array.file(self.path, index), *assemble_shard(values, present))
+            chunks, chunk_index = assemble_shard(values, present)
+            publish(self.path, array.file(self.path, index), chunks, chunk_index)
+            checksums[array.name] = chunks[:, -CRC_BYTES:].tobytes()
         counts = np.array([(saturated or {}).get(scale.name, 0) for scale in self.scales], "<i8")
-        publish(self.path, self.path / layout.chunk_path(layout.SATURATED, index, 2), with_crc(counts.tobytes()))
+        counts_bytes = with_crc(counts.tobytes())
+        publish(self.path, self.path / layout.chunk_path(layout.SATURATED, index, 2), counts_bytes)
         padded = np.zeros(self.shard_rows, np.uint8)
         padded[: len(state)] = state
-        publish(self.path, state_file, with_crc(padded.tobytes()))
+        state_bytes = with_crc(padded.tobytes())
+        if self._sealed:
+            write_seals(self.path, index, self.arrays, checksums, counts_bytes, state_bytes)
+        publish(self.path, state_file, state_bytes)
 
     def _checked(self, index: int, arrays: Mapping[str, np.ndarray], state: np.ndarray) -> np.ndarray:
         n = len(self.rows_of(index))

@@ -41,6 +41,7 @@ def test_a_store_holds_nothing_but_its_layout(whole_store: Path) -> None:
         "global",
         "state",
         "saturated",
+        "seals",
         "fine_steps",
         "fine_basis",
         "mid_basis",

@@ -1,0 +1,198 @@
+"""Copying some rows or some scales of a cache into a new store, a valid cache of its own.
+
+Row numbers stay: cache row = manifest row in the copy too, and it has as many rows. Those that are not copied are
+absent (state 0), so that the copy serves the same manifest with `data.rows: cached`, and an extraction can fill it up.
+Values that were cut off are counted by shard: those of a shard that is copied in part do not count.
+
+Every row's checksum is compared as it is read: damage is not copied. The copy is made beside its place, in a folder
+whose name begins with a dot, and renamed into place when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.cache import layout
+from pipeline.cache.header import SmallArrays, read_small, write_header
+from pipeline.cache.locks import StoreLock
+from pipeline.cache.part import Part
+from pipeline.cache.reader import Cache, open_cache
+from pipeline.cache.shards import index_bytes
+from pipeline.cache.store import read_json
+from pipeline.cache.writer import CacheWriter
+from pipeline.console import progress
+from pipeline.data.parallel import run_all
+from pipeline.errors import PipeError
+from pipeline.run_folder import sync_folder
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The new cache; how many rows with features it has, and how many were asked for but are not in the source."""
+
+    cache: Cache
+    rows: int
+    absent: int
+
+
+def copy_cache(
+    source: str | Path,
+    out: str | Path,
+    *,
+    rows: np.ndarray | None = None,
+    scales: Sequence[str] | None = None,
+    workers: int | Literal["auto"] = "auto",
+) -> Copied:
+    """Copy `rows` (n,) int (None: all) and `scales` (None: all) of the cache at `source` into a new one at `out`.
+
+    Raises:
+        PipeError: `out` exists; a row or scale that the source does not have; a damaged row; disk full (nothing stays).
+    """
+    cache, out = open_cache(source), Path(out)
+    wanted = _wanted(cache, rows)
+    attributes, small = _header(cache, _known_scales(cache, scales))
+    if out.exists() or out.is_symlink():
+        raise PipeError("there is something already", where=out, fix="choose another place for the copy")
+    _refuse_full_disk(cache, attributes, wanted, out)
+    partial = out.absolute().parent / f".{out.name}.copying"
+    lock = _fresh(partial)
+    try:
+        write_header(partial, attributes, small)
+        with CacheWriter(partial, lock, Part()) as writer:
+            _copy_shards(cache, writer, wanted, workers)
+        os.rename(partial, out)  # raises where somebody put a folder with files there meanwhile
+        (out / layout.LOCK).unlink(missing_ok=True)
+        sync_folder(out.absolute().parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise PipeError(f"cannot write the copy: {error.strerror}", where=out) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    copied = open_cache(out)
+    return Copied(copied, int((copied.state() == layout.OK).sum()), int((cache.state()[wanted] == layout.ABSENT).sum()))
+
+
+def _wanted(cache: Cache, rows: np.ndarray | None) -> np.ndarray:
+    """(R,) bool."""
+    if rows is None:
+        return np.ones(cache.rows, bool)
+    outside = rows[(rows < 0) | (rows >= cache.rows)]
+    if len(outside):
+        raise PipeError(f"the cache has rows 0 to {cache.rows - 1:,}; asked for {outside[0]:,}", where=cache.path)
+    wanted = np.zeros(cache.rows, bool)
+    wanted[rows] = True
+    if not (cache.state()[wanted] != layout.ABSENT).any():
+        raise PipeError("none of these rows is in the cache", where=cache.path, fix="choose others")
+    return wanted
+
+
+def _known_scales(cache: Cache, scales: Sequence[str] | None) -> list[str]:
+    """The scales asked for, in the order in which they are stored."""
+    known = [scale.name for scale in cache.scales]
+    if scales is None:
+        return known
+    unknown = [name for name in scales if name not in known]
+    if unknown or not scales:
+        raise PipeError(
+            f"no scale {', '.join(unknown) or 'asked for'}; the cache has {', '.join(known)}", where=cache.path
+        )
+    return [name for name in known if name in scales]
+
+
+def _header(cache: Cache, names: list[str]) -> tuple[dict[str, Any], SmallArrays]:
+    """The attributes with only what concerns the scales `names`, and their small arrays."""
+    attributes: dict[str, Any] = read_json(cache.path / layout.METADATA)["attributes"]
+
+    def of_names(figures: dict[str, Any], *more: str) -> dict[str, Any]:
+        return {name: value for name, value in figures.items() if name in {*names, *more}}
+
+    attributes["scales"] = [scale for scale in attributes["scales"] if scale["name"] in names]
+    attributes["fidelity"] = of_names(attributes["fidelity"])
+    losses = attributes["baseline_losses"]
+    losses |= {"gram": of_names(losses["gram"]), "rkd": of_names(losses["rkd"], layout.GLOBAL)}
+    if isinstance(of_teacher := attributes["teacher"].get("scales"), list):
+        attributes["teacher"]["scales"] = [scale for scale in of_teacher if scale["name"] in names]
+    kept = [layout.GLOBAL_MEAN, layout.CALIBRATION_ROWS, layout.HELDOUT_ROWS]
+    for scale in (scale for scale in cache.scales if scale.name in names):
+        kept.append(layout.gram_mean_name(scale.name))
+        kept += [layout.basis_name(scale.name)] if (cache.path / layout.basis_name(scale.name)).is_dir() else []
+        kept += [layout.steps_name(scale.name)] if scale.dtype == "int8" else []
+    small: SmallArrays = {}
+    for name in kept:
+        values, document = read_small(cache.path, name), read_json(cache.path / name / layout.METADATA)
+        small[name] = (values.astype(values.dtype.newbyteorder("<")), tuple(document["dimension_names"]))
+    return attributes, small
+
+
+def _refuse_full_disk(cache: Cache, attributes: dict[str, Any], wanted: np.ndarray, out: Path) -> None:
+    """Say that it will not fit before hours of copying."""
+    scales = [layout.ScaleInfo(**scale) for scale in attributes["scales"]]
+    arrays = layout.row_arrays(scales, attributes["global_width"])
+    state = np.where(wanted, cache.state(), layout.ABSENT)
+    shards = len(np.unique(np.flatnonzero(state != layout.ABSENT) // cache.shard_rows))
+    needed = int((state == layout.OK).sum()) * sum(array.row_bytes + 4 for array in arrays)
+    needed += shards * len(arrays) * index_bytes(cache.shard_rows)
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise PipeError("there is no such folder", where=folder, fix="make it first")
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise PipeError(f"the copy takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free", where=folder)
+
+
+def _fresh(partial: Path) -> StoreLock:
+    """An empty folder and its lock; what a copy that was killed left there goes. One that is at work is left alone."""
+    try:
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise PipeError(f"cannot make the copy's folder: {error.strerror}", where=partial) from error
+    lock = StoreLock(partial)
+    if not lock.exclusive():
+        raise PipeError(f"another copy is being made ({lock.holders()})", where=partial, fix="wait for it, or stop it")
+    for entry in partial.iterdir():
+        if entry.name != layout.LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return lock
+
+
+def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers: int | Literal["auto"]) -> None:
+    """Write every shard in which a row was asked for; shards without one stay absent."""
+    state = np.where(wanted, cache.state(), layout.ABSENT)
+    todo = np.unique(np.flatnonzero(state != layout.ABSENT) // cache.shard_rows).tolist()
+    writing = threading.Lock()
+    failed: list[Exception] = []  # raised when all threads are at rest: none may write into a folder that is removed
+
+    def copy(shard: int) -> int:
+        try:
+            return 0 if failed else copy_shard(shard)
+        except Exception as error:
+            failed.append(error)
+            return 0
+
+    def copy_shard(shard: int) -> int:
+        rows = writer.rows_of(shard)
+        here = state[rows.start : rows.stop]
+        slots = np.flatnonzero(here == layout.OK)
+        stored = cache.read_raw(rows.start + slots, verify=True)
+        arrays = {}
+        for array in writer.arrays:
+            arrays[array.name] = np.zeros((len(here), *array.row_shape), array.dtype)
+            arrays[array.name][slots] = stored.pop(array.name)
+        whole = np.array_equal(here, cache.state()[rows.start : rows.stop])
+        saturated = cache.saturated_in(shard) if whole else {}
+        with writing:
+            writer.write_shard(shard, arrays, here, saturated)
+        return len(slots)
+
+    with progress("copying", total=int((state == layout.OK).sum()), unit="rows") as bar:
+        run_all(copy, todo, workers=workers, scheduler="threads", on_done=bar.advance)
+        if failed:
+            raise failed[0]
