@@ -11,15 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from pipeline.cache import codec, layout
-from pipeline.cache.header import check_document, read_header, read_small, require_covered
+from pipeline.cache.chunks import check_foreign_document, is_plain
+from pipeline.cache.header import read_header, read_small, require_covered
 from pipeline.cache.layout import RowArray, ScaleInfo
 from pipeline.cache.local import LocalShards, RowSource, on_network_disk
+from pipeline.cache.remote_path import RemotePath
 from pipeline.cache.shards import States, named_rows, without_crc
+from pipeline.cache.store import read_json
 from pipeline.errors import PipeError
 
 FIX = "run: pipe extract-teacher"
@@ -33,6 +36,7 @@ def open_cache(
     """Open the cache at `path`: read its metadata, check its digest, open no shard yet.
 
     Args:
+        path: a folder, or a URL (s3://, gs://, http://, https://, or a scheme of fsspec's).
         verify: check every row's CRC-32C at each read (each shard's index is always checked when it is opened).
         access: "map": memory maps; "read": positioned reads, for network disks; "auto": by the kind of disk.
         max_open: shard files open at once; default a quarter of the open-file limit.
@@ -40,7 +44,9 @@ def open_cache(
     Raises:
         PipeError: no cache there, one that is not finished, of another format, or whose metadata was altered.
     """
-    return Cache(Path(path), verify=verify, access=access, max_open=max_open)
+    # What a remote path has of pathlib's is all that is used of either.
+    place = cast(Path, RemotePath(str(path))) if "://" in str(path) else Path(path)
+    return Cache(place, verify=verify, access=access, max_open=max_open)
 
 
 class Cache:
@@ -50,6 +56,7 @@ class Cache:
         path, rows, shard_rows, global_width: R, S, C.
         scales: how each scale is stored.
         views: names of the further views.
+        plain: whether its arrays are uncompressed, in our writer's own layout.
         view, teacher, manifest_fingerprint, settings: what the cache is of.
         segments: how many rows the cache had when it was set up, and each time it grew; batches never straddle these.
         digest: SHA-256 (hex) of all metadata, basis, steps and baselines.
@@ -84,8 +91,7 @@ class Cache:
         lists = [layout.STATE, layout.SATURATED, layout.CALIBRATION_ROWS, layout.HELDOUT_ROWS]
         steps = [layout.steps_name(s.name) for s in self.scales if s.dtype == "int8"]
         require_covered(path, covered, [*(array.name for array in self.arrays), *names, *lists, *steps])
-        for array in self.arrays:
-            check_document(path, array, self.rows, self.shard_rows)
+        self.plain = self._check_documents()
         self.steps = {
             s.name: read_small(self.path, layout.steps_name(s.name)) if s.dtype == "int8" else None for s in self.scales
         }
@@ -93,8 +99,25 @@ class Cache:
         self.calibration_rows = read_small(self.path, layout.CALIBRATION_ROWS)
         self.heldout_rows = read_small(self.path, layout.HELDOUT_ROWS)
         self._states = States(path, self.rows, self.shard_rows)
-        mapped = access == "map" or (access == "auto" and not on_network_disk(path))
-        self.source: RowSource = LocalShards(path, self._states, mapped=mapped, max_open=max_open)
+        self.source = self._source(access, max_open)
+
+    def _check_documents(self) -> bool:
+        """Whether all arrays are as our writer stores them; others need only the same values, in any codecs."""
+        plain = True
+        for array in self.arrays:
+            document = read_json(self.path / array.name / layout.METADATA)
+            if not is_plain(document, array, self.rows, self.shard_rows):
+                check_foreign_document(document, array, self.rows)
+                plain = False
+        return plain
+
+    def _source(self, access: Access, max_open: int | None) -> RowSource:
+        if isinstance(self.path, RemotePath) or not self.plain:
+            from pipeline.cache.remote import TensorStoreRows
+
+            return TensorStoreRows(self.path)
+        mapped = access == "map" or (access == "auto" and not on_network_disk(self.path))
+        return LocalShards(self.path, self._states, mapped=mapped, max_open=max_open)
 
     def __len__(self) -> int:
         return self.rows
@@ -122,9 +145,11 @@ class Cache:
     def saturated_in(self, shard: int) -> dict[str, int]:
         """The same, of one shard; zeros where none has been written."""
         file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
-        if not file.exists():
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
             return {scale.name: 0 for scale in self.scales}
-        counts = np.frombuffer(without_crc(file.read_bytes(), file), "<i8").tolist()
+        counts = np.frombuffer(without_crc(data, file), "<i8").tolist()
         return {scale.name: count for scale, count in zip(self.scales, counts, strict=True)}
 
     def refresh(self) -> None:

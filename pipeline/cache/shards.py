@@ -75,10 +75,19 @@ def index_bytes(shard_rows: int) -> int:
 def read_state(root: Path, shard: int, shard_rows: int) -> np.ndarray | None:
     """(S,) uint8, the state of one shard's rows (the last shard padded with zeros), or None where none is written."""
     file = root / layout.chunk_path(layout.STATE, shard, 1)
+    data = _bytes_if_there(file)
+    return None if data is None else parse_state(data, file, shard_rows)
+
+
+def _bytes_if_there(file: Path) -> bytes | None:
     try:
-        data = file.read_bytes()
+        return file.read_bytes()
     except FileNotFoundError:
         return None
+
+
+def parse_state(data: bytes, file: Path, shard_rows: int) -> np.ndarray:
+    """The bytes of a `state` chunk → (S,) uint8; PipeError where they are damaged."""
     state = np.frombuffer(without_crc(data, file), np.uint8)
     if len(state) != shard_rows:
         raise PipeError(f"{len(state)} states where a shard has {shard_rows} rows", where=file, fix=FIX_SHARD)
@@ -106,9 +115,12 @@ class States:
         if self._state is None:
             shards = -(-self.rows // self.shard_rows)
             state = np.zeros(shards * self.shard_rows, np.uint8)
-            for shard in range(shards):
-                part = read_state(self.root, shard, self.shard_rows)
-                if part is not None:
+            names = [layout.chunk_path(layout.STATE, shard, 1) for shard in range(shards)]
+            at_once = getattr(self.root, "read_many", None)  # a remote store answers many questions at a time
+            found = [_bytes_if_there(self.root / name) for name in names] if at_once is None else at_once(names)
+            for shard, data in enumerate(found):
+                if data is not None:
+                    part = parse_state(data, self.root / names[shard], self.shard_rows)
                     state[shard * self.shard_rows : (shard + 1) * self.shard_rows] = part
             state.flags.writeable = False
             self._state = state[: self.rows]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,8 @@ from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_s
 from pipeline.cache.store import publish
 from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
+
+SETTLING_SECONDS = 20.0  # how long another process may hold a cache alone: growing rewrites its metadata
 
 
 class CacheWriter:
@@ -260,17 +263,25 @@ class CacheWriter:
 
 def _share(path: Path, lock: StoreLock, identity: CacheIdentity) -> None:
     """Become one of the writers of a cache that has been set up: tidy and grow it if nobody else is at it."""
-    if not lock.exclusive():
-        if not lock.shared():
+    deadline = time.monotonic() + SETTLING_SECONDS
+    while not (alone := lock.exclusive()) and not lock.shared():  # another one holds it alone, for a moment
+        if time.monotonic() > deadline:
             raise _busy(path, lock, "changing this cache")
-        if _refuse_other(open_cache(path), identity):
+        time.sleep(0.02)
+    if alone:
+        finish_growth(path)
+    cache = open_cache(path)
+    if not cache.plain:
+        raise PipeError(
+            "this cache is a compressed copy, and rows are written to plain ones", where=path, fix="move it away"
+        )
+    if _refuse_other(cache, identity):
+        if not alone:
             raise _busy(path, lock, "writing to this cache, which has to be made larger")
-        return
-    finish_growth(path)
-    if _refuse_other(open_cache(path), identity):
         grow_header(path, identity)
-    shutil.rmtree(path / layout.TEMPORARY, ignore_errors=True)  # left by writers that were killed
-    lock.shared()
+    if alone:
+        shutil.rmtree(path / layout.TEMPORARY, ignore_errors=True)  # left by writers that were killed
+        lock.shared()
 
 
 def _busy(path: Path, lock: StoreLock, what: str) -> PipeError:

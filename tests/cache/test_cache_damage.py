@@ -59,14 +59,30 @@ def test_an_array_that_the_digest_leaves_out_is_refused(store: Path) -> None:
         open_cache(store)
 
 
-def test_metadata_of_another_layout_is_refused_even_with_a_fitting_digest(store: Path) -> None:
-    document = json.loads((store / "fine" / "zarr.json").read_text())
-    document["codecs"][0]["configuration"]["codecs"].append({"name": "zstd", "configuration": {"level": 3}})
-    (store / "fine" / "zarr.json").write_text(json.dumps(document))
+def _rewrite_metadata(store: Path, name: str, change: Callable[[dict], object]) -> None:
+    """Change an array's zarr.json, and make the digest fit."""
+    document = json.loads((store / name / "zarr.json").read_text())
+    change(document)
+    (store / name / "zarr.json").write_text(json.dumps(document))
     files = json.loads((store / "digest.json").read_text())["files"]
     (store / "digest.json").write_text(json.dumps({"files": files, "sha256": layout.digest_of(store, files)}))
-    with pytest.raises(PipeError, match="`codecs` of this array"):
+
+
+def test_an_array_of_another_shape_is_refused_even_with_a_fitting_digest(store: Path) -> None:
+    _rewrite_metadata(store, "fine", lambda document: document["shape"].__setitem__(0, 22))
+    with pytest.raises(PipeError, match=r"fine/zarr\.json"):
         open_cache(store)
+
+
+def test_codecs_that_the_bytes_do_not_have_are_one_line_when_they_are_read(store: Path) -> None:
+    """Other codecs are allowed (compressed copies have them); bytes that do not decode are damage."""
+    zstd = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
+    codecs: Callable[[dict], list] = lambda document: document["codecs"][0]["configuration"]["codecs"]  # noqa: E731
+    _rewrite_metadata(store, "fine", lambda document: codecs(document).insert(1, zstd))
+    cache = open_cache(store)
+    assert not cache.plain
+    with pytest.raises(PipeError, match="damaged rows: fine"):
+        cache.read([0])
 
 
 def test_a_version_of_the_future_is_refused(store: Path) -> None:

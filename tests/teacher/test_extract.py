@@ -431,8 +431,8 @@ def test_decoding_runs_only_a_few_batches_ahead(
     make_manifest: MakeManifest, vit: Teacher, monkeypatch: pytest.MonkeyPatch
 ):
     decoded: list[int] = []
-    pixels = Feed._pixels
-    monkeypatch.setattr(Feed, "_pixels", lambda self, row: (decoded.append(row), pixels(self, row))[1])
+    pixels = Feed._look
+    monkeypatch.setattr(Feed, "_look", lambda self, row, views: (decoded.append(row), pixels(self, row, views))[1])
     feed = Feed(SampleReader(make_manifest(38)), vit, View("crop", SIZE), workers=2)
     stream = feed(in_batches(np.arange(40), 4))
     for count in range(1, 4):
