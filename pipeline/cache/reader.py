@@ -40,7 +40,7 @@ def open_cache(
         path: a folder, or a URL (s3://, gs://, http://, https://, or a scheme of fsspec's).
         verify: check every row's CRC-32C at each read (each shard's index is always checked when it is opened).
         access: "map": memory maps; "read": positioned reads, for network disks; "auto": by the kind of disk.
-        max_open: shard files open at once; default a quarter of the open-file limit.
+        max_open: shards mapped or open at once; default as many as the system takes well.
 
     Raises:
         PipeError: no cache there, one that is not finished, of another format, or whose metadata was altered.
