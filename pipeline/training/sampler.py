@@ -31,6 +31,7 @@ class Step:
         step: from 0 over the whole run.
         rows: (B,) int64.
         ahead: int64 rows that this process will need soon, in the order in which a disk should read them.
+        ahead_epoch: the epoch in which it will need them.
         validates: whether the rows are only looked at: in the view that everyone has.
     """
 
@@ -38,6 +39,7 @@ class Step:
     epoch: int
     rows: np.ndarray
     ahead: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    ahead_epoch: int = 0
     validates: bool = False
 
 
@@ -128,13 +130,14 @@ class BatchPlan:
             if self.shuffle == "full":
                 later = step + STEPS_AHEAD
                 ahead = rows_of(later) if later < self.total_steps else np.zeros(0, np.int64)
+                ahead_epoch = later // self.steps_per_epoch
             else:
-                ahead = self._next_group(step, epoch_of, rank, own)
-            yield Step(step, step // self.steps_per_epoch, rows_of(step), ahead)
+                ahead, ahead_epoch = self._next_group(step, epoch_of, rank, own)
+            yield Step(step, step // self.steps_per_epoch, rows_of(step), ahead, ahead_epoch)
 
-    def _next_group(self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int) -> np.ndarray:
-        """This process's rows of the group after the step's, ascending: the part that is due in this step, so that
-        all of them have been asked for when the group begins."""
+    def _next_group(self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int) -> tuple[np.ndarray, int]:
+        """This process's rows of the group after the step's, ascending, and its epoch: the part that is due in this
+        step, so that all of them have been asked for when the group begins."""
         number, place = divmod(step, self.steps_per_epoch)
         first, used = place * self.batch_size, self.steps_per_epoch * self.batch_size
         bounds = epoch_of(number).bounds
@@ -142,14 +145,14 @@ class BatchPlan:
         start, end = int(bounds[group]), min(int(bounds[group + 1]), used)
         if end == used:
             if (number + 1) * self.steps_per_epoch >= self.total_steps:
-                return np.zeros(0, np.int64)
+                return np.zeros(0, np.int64), number
             number, group = number + 1, -1
         epoch = epoch_of(number)
         span = np.arange(epoch.bounds[group + 1], min(int(epoch.bounds[group + 2]), used))
         rows = np.sort(epoch.order[span[span % self.batch_size // own == rank]])
         begins, ends = -(-start // self.batch_size), end // self.batch_size  # places that lie wholly in this group
         parts = np.array_split(rows, max(1, ends - begins))
-        return parts[place - begins] if place - begins < len(parts) else np.zeros(0, np.int64)
+        return (parts[place - begins] if place - begins < len(parts) else np.zeros(0, np.int64)), number
 
 
 def caption_choice(seed: int, epoch: int, row: int, captions: int) -> int:
