@@ -142,7 +142,7 @@ def test_a_box_that_does_not_lie_within_the_image_is_one_clear_line(box: tuple[i
 def test_epochs_go_through_all_views_before_any_comes_again(views: int) -> None:
     for row in range(200):
         order = [view_choice(7, epoch, row, views) for epoch in range(3 * views)]
-        for first in range(0, 2 * views + 1):
+        for first in range(2 * views + 1):
             assert sorted(order[first : first + views]) == list(range(views))
     counts = collections.Counter(view_choice(7, 0, row, views) for row in range(3000))
     assert min(counts.values()) > 0.85 * 3000 / views  # an epoch sees all views

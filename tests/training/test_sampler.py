@@ -113,16 +113,16 @@ def test_shards_too_are_the_same_batches_for_any_processes_and_start(world_size,
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (4, 5)])
 @pytest.mark.parametrize("shuffle", ["full", "shards"])
 def test_what_is_asked_for_ahead_is_what_comes(shuffle, rank, world_size):
-    """Every row but those of the beginning has been asked for before its batch, as often as it comes."""
+    """Every row but those of the beginning has been asked for before its batch, for the epoch in which it comes."""
     p = sharded(rows=np.arange(330), total_steps=60, shuffle=shuffle)
     waiting, unasked = Counter(), []
     for step in p.steps(rank=rank, world_size=world_size):
         for row in step.rows.tolist():
-            if waiting[row]:
-                waiting[row] -= 1
+            if waiting[step.epoch, row]:
+                waiting[step.epoch, row] -= 1
             else:
                 unasked.append((step.step, row))
-        waiting.update(step.ahead.tolist())
+        waiting.update((step.ahead_epoch, row) for row in step.ahead.tolist())
         if shuffle == "shards":
             assert step.ahead.tolist() == sorted(step.ahead.tolist())
     first = 8 if shuffle == "full" else 4  # a full shuffle's steps ahead; the first group's steps
