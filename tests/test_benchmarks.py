@@ -31,6 +31,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         ("loss", {"48/published/ratio_of_cpu_time_to_published"}),
         ("scale", {f"small/ratio_of_{kind}_rate_to_small" for kind in ("record", "captions", "cache", "memmap")}),
         ("cache_fidelity", set()),
+        ("roi", set()),
     ],
 )
 def test_quick_run_prints_one_table_and_writes_the_documented_json(tmp_path: Path, name: str, ratios: set[str]) -> None:

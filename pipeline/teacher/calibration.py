@@ -35,7 +35,7 @@ CALIBRATION_SHARE = 0.8
 HELDOUT_SHARE = 1 / 8  # of the calibration's number, within the following bounds
 HELDOUT_ROWS = (256, 1024)  # one block of relational distances at least
 LEAST_HELDOUT = 2  # relational distances need a pair
-CROPPED_ROWS = 32  # held-out rows whose crops are looked at
+CROPPED_ROWS = (8, 32)  # held-out rows whose crops are looked at: one in 100 of all rows, within these bounds
 BLOCK_BYTES = 64 * 2**20
 
 Features = dict[str, np.ndarray]  # scale → (n, T, C) float32, "global" → (n, C) float32
@@ -151,7 +151,8 @@ def calibrate(
         if dtype == "int8":
             codecs = _with_steps(codecs, fitted)
         baselines, fidelity = _measure(codecs, fitted, held)
-        roi_cosine = {} if crops is None else _measure_crops(codecs, held, scored, crops, seed)
+        cropped = scored[: min(max((len(used) + len(scored)) // 100, CROPPED_ROWS[0]), CROPPED_ROWS[1])]
+        roi_cosine = {} if crops is None else _measure_crops(codecs, held, cropped, crops, seed)
     log.info("calibrated on %d training rows, measured on %d others", len(used), len(scored))
     return CacheFit(codecs, used, scored, baselines.arrays(), baselines.losses(), fidelity, roi_cosine)
 
@@ -194,9 +195,9 @@ def _measure_crops(
 ) -> dict[str, dict[str, float]]:
     """Of the first held-out `rows`, which lie in `held` in this order: what training with `data.roi` takes for the
     teacher's map of a crop, against the teacher's own coefficients of it; `global` as it is against the crop's."""
-    stored = _targets(codecs, _first(held, min(CROPPED_ROWS, len(rows))))
+    stored = _targets(codecs, _first(held, len(rows)))
     found: dict[str, list[np.ndarray]] = {name: [] for name in stored}
-    for place, row in enumerate(rows[:CROPPED_ROWS].tolist()):
+    for place, row in enumerate(rows.tolist()):
         boxes = probes(seed, row)
         live = crops(row, boxes)
         for name, values in stored.items():
