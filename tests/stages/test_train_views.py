@@ -24,7 +24,9 @@ from pipeline.training.data import PairDataset
 from stages import extract_teacher
 
 VIEWS = "teacher.views=[{name: near, area: [0.2, 0.5]}, {name: mirror, area: [1, 1], flip: 1}]"
-LONG = "train.max_steps=14"  # more than two epochs of 5 or 6 steps
+# More than two epochs of 5 steps, and nothing beside them that takes time.
+LONG = ["train.max_steps=12", "train.checkpoint_every=12", "train.validate_every=12", "train.order=1"]
+SHORT = ["train.max_steps=2", "train.order=1"]
 ROI = "data.roi={area: [0.3, 0.6]}"
 
 
@@ -87,7 +89,7 @@ def test_extract_teacher_prints_the_views_and_what_crops_are_worth(folder, capsy
 
 def test_a_run_goes_through_the_views_and_resumes_in_mid_epoch_with_the_same(viewed, monkeypatch):
     images = seen_images(monkeypatch)
-    whole = run(viewed, name="whole", sets=[VIEWS, LONG])
+    whole = run(viewed, name="whole", sets=[VIEWS, *LONG])
     undisturbed = dict(images)
     images.clear()
     from pipeline.training.loop import Training
@@ -95,9 +97,9 @@ def test_a_run_goes_through_the_views_and_resumes_in_mid_epoch_with_the_same(vie
     original = Training._any_process
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 8))
-        with pytest.raises(Stopped, match="step 8 of 14"):
-            run(viewed, name="cut", sets=[VIEWS, LONG])
-    cut = run(viewed, name="cut", sets=[VIEWS, LONG], resume=True)
+        with pytest.raises(Stopped, match="step 8 of 12"):
+            run(viewed, name="cut", sets=[VIEWS, *LONG])
+    cut = run(viewed, name="cut", sets=[VIEWS, *LONG], resume=True)
     assert same(images, undisturbed)
     assert losses(cut) == losses(whole)
     a, b = load_file(whole.weights), load_file(cut.weights)
@@ -106,14 +108,14 @@ def test_a_run_goes_through_the_views_and_resumes_in_mid_epoch_with_the_same(vie
 
 def test_clip_without_a_cache_sees_the_crops_of_dinorankclip(viewed, monkeypatch):
     images = seen_images(monkeypatch)
-    run(viewed, name="dino", sets=[VIEWS, LONG])
+    run(viewed, name="dino", sets=[VIEWS, *LONG])
     theirs = dict(images)
     images.clear()
     shutil.rmtree(viewed / "workspace" / "teacher.zarr")
-    run(viewed, name="clip", sets=[VIEWS, LONG], **{"train.method": "clip"})
+    run(viewed, name="clip", sets=[VIEWS, *LONG[:3]], **{"train.method": "clip"})
     assert same(images, theirs)
     images.clear()
-    run(viewed, name="plain", sets=[LONG], **{"train.method": "clip"})
+    run(viewed, name="plain", sets=LONG[:3], **{"train.method": "clip"})
     differ, step_rows = 0, [(step, row) for step in theirs if not step[1] for row in theirs[step]]
     per_epoch = read_json(Workspace(viewed / "workspace").run("plain").record)["data"]["train_rows"] // 8
     for step, row in step_rows:
@@ -126,10 +128,10 @@ def test_clip_without_a_cache_sees_the_crops_of_dinorankclip(viewed, monkeypatch
 
 def test_shuffled_cache_trains_on_views(viewed, monkeypatch):
     images = seen_images(monkeypatch)
-    run(viewed, name="own", sets=[VIEWS])
+    run(viewed, name="own", sets=[VIEWS, *SHORT])
     own = dict(images)
     images.clear()
-    control = run(viewed, name="control", sets=[VIEWS], **{"model.fusion": "shuffled-cache"})
+    control = run(viewed, name="control", sets=[VIEWS, *SHORT], **{"model.fusion": "shuffled-cache"})
     assert read_json(control.record)["finished"]
     assert same(images, own)
     assert losses(control) != losses(Workspace(viewed / "workspace").run("own"))
@@ -156,7 +158,7 @@ def test_views_that_the_cache_lacks_are_refused(folder):
 
 def test_a_config_without_views_trains_on_the_base_view(viewed, folder):
     """Of a cache with views and of one without: the same run."""
-    a, b = run(viewed, name="run"), run(folder, name="run")
+    a, b = (run(place, name="run", sets=SHORT) for place in (viewed, folder))
     assert losses(a) == losses(b)
 
 
@@ -165,7 +167,7 @@ def test_a_resume_with_other_views_or_boxes_names_the_key(viewed, monkeypatch):
 
     original = Training._any_process
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 3))
+        patch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 1))
         with pytest.raises(Stopped):
             run(viewed, name="views", sets=[VIEWS])
         with pytest.raises(Stopped):
@@ -181,7 +183,7 @@ def test_a_resume_with_other_views_or_boxes_names_the_key(viewed, monkeypatch):
 
 def test_a_run_on_crops_says_what_their_targets_are_worth_and_resumes(folder, monkeypatch, said):
     images = seen_images(monkeypatch)
-    whole = run(folder, name="whole", sets=[ROI, LONG])
+    whole = run(folder, name="whole", sets=[ROI, *LONG])
     cosine = open_cache(folder / "workspace" / "teacher.zarr").roi_cosine
     (line,) = [line for line in said if "approximate" in line]
     worst = min(cosine[name]["0.5"] for name in ("fine", "mid"))
@@ -195,24 +197,24 @@ def test_a_run_on_crops_says_what_their_targets_are_worth_and_resumes(folder, mo
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 8))
         with pytest.raises(Stopped):
-            run(folder, name="cut", sets=[ROI, LONG])
-    cut = run(folder, name="cut", sets=[ROI, LONG], resume=True)
+            run(folder, name="cut", sets=[ROI, *LONG])
+    cut = run(folder, name="cut", sets=[ROI, *LONG], resume=True)
     assert same(images, undisturbed)
     assert losses(cut) == losses(whole)
     images.clear()
     del said[:]
     shutil.rmtree(folder / "workspace" / "teacher.zarr")
-    run(folder, name="clip", sets=[ROI, LONG], **{"train.method": "clip"})
+    run(folder, name="clip", sets=[ROI, *LONG[:3]], **{"train.method": "clip"})
     assert same(images, undisturbed)
     assert not [line for line in said if "approximate" in line]
 
 
 def test_a_box_of_everything_is_the_run_without_boxes(folder):
     """A square picture and area 1: image and targets are those of whole views, so that losses agree to rounding."""
-    whole = run(folder, name="whole", sets=["data.roi={area: [1, 1]}"])
-    plain = run(folder, name="plain")
+    whole = run(folder, name="whole", sets=["data.roi={area: [1, 1]}", *SHORT])
+    plain = run(folder, name="plain", sets=SHORT)
     np.testing.assert_array_equal(losses(whole), losses(plain))
-    cut = run(folder, name="cut", sets=[ROI])
+    cut = run(folder, name="cut", sets=[ROI, *SHORT])
     assert np.abs(np.array(losses(cut)) - losses(plain)).max() > 1e-3
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from tiny_teacher import SCALES, SIZE, VIT, write_tar
+from tiny_teacher import SCALES, SIZE, write_tar
 
 from pipeline.cache import layout
 from pipeline.cache import writer as writer_module
@@ -30,7 +26,6 @@ from pipeline.data.manifest import Manifest, read_manifest
 from pipeline.data.samples import SampleReader
 from pipeline.data.views import Preprocess, View, to_tensor
 from pipeline.errors import PipeError
-from pipeline.teacher import extract as extract_module
 from pipeline.teacher.extract import Settings, extract, identify, summary
 from pipeline.teacher.feed import Feed
 from pipeline.teacher.teacher import Teacher
@@ -153,45 +148,24 @@ def test_every_array_of_every_view_is_there_before_the_state(
         assert arrays <= {name.split("/c/")[0] for name in written[start:end]}
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    import torch
-    import pipeline.cache.writer as writer
-    from pipeline.cache.layout import ScaleSpec
-    from pipeline.data.geometry import ViewSpec
-    from pipeline.data.manifest import read_manifest
-    from pipeline.teacher.extract import Settings, extract
-    from pipeline.teacher.teacher import load_teacher
-
-    torch.set_num_threads(1)
-    publish = writer.publish
-
-    def publish_until(root, file, *parts):
-        if str(file).endswith("views/mirror/geometry/c/1/0"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        publish(root, file, *parts)
-
-    writer.publish = publish_until
-    manifest, checkpoint, out = map(Path, sys.argv[1:])
-    scales = [ScaleSpec("fine", -1, 4), ScaleSpec("mid", 1, 2), ScaleSpec("coarse", 2, 2)]
-    arguments = {"embed_dim": 48, "depth": 4, "num_heads": 3}
-    teacher = load_teacher(NAME, model_args=arguments, checkpoint=checkpoint, image_size=64, scales=scales)
-    views = (ViewSpec("crop", (0.2, 0.7)), ViewSpec("mirror", (1.0, 1.0), (1.0, 1.0), 1.0))
-    settings = Settings(pca=16, batch_size=4, workers=2, shard_rows=10, calibration_rows=16, views=views)
-    extract(read_manifest(manifest), teacher, out, settings)
-"""
-
-
-def test_killed_between_two_views_it_goes_on_to_the_same_bytes(
-    make_manifest: MakeManifest, vit: Teacher, vit_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("file", ["views/crop/geometry/c/1/0", "views/mirror/fine/c/1/0/0", "state/c/1"])
+def test_cut_off_between_two_views_it_goes_on_to_the_same_bytes(
+    file: str, make_manifest: MakeManifest, vit: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """As a kill leaves a store; tests/teacher/test_extract_parts.py kills processes."""
     manifest, out = make_manifest(28), tmp_path / "t.zarr"
-    script = textwrap.dedent(KILLED).replace("NAME", repr(VIT))
-    command = [sys.executable, "-c", script, str(manifest.path), str(vit_checkpoint), str(out)]
-    killed = subprocess.run(command, capture_output=True, timeout=120, cwd=Path(extract_module.__file__).parents[2])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert (out / "views/crop/global/c/1/0").exists()  # there, but not promised
+    publish = writer_module.publish
+
+    def cut_off(root: Path, target: Path, *parts: object) -> None:
+        if str(target).endswith(file):
+            raise KeyboardInterrupt
+        publish(root, target, *parts)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "publish", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            extract(manifest, vit, out, SETTINGS)
+    assert (out / "global/c/1/0").exists()  # there, but not promised
     assert np.flatnonzero(open_cache(out).state()).tolist() == list(range(10))
     assert extract(manifest, vit, out, SETTINGS).rows == 20
     extract(manifest, vit, tmp_path / "whole.zarr", SETTINGS)
