@@ -134,7 +134,7 @@ class PairDataset(Dataset[Batch]):
         self.samples.will_need(rows)
         if self.cache is None:
             return
-        due = [self._view_of(step.ahead_epoch, row) for row in rows.tolist()]
+        due = [self._view_of(*when) for when in zip(step.ahead_epochs.tolist(), rows.tolist(), strict=True)]
         for view in dict.fromkeys(due):
             own = rows[[other is view for other in due]]
             self.cache.will_need(self._target_rows(own), view=None if view is None else view.name)
