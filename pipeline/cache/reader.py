@@ -65,6 +65,7 @@ class Cache:
         baselines: `<scale>_gram_mean` (T, T) and `global_mean` (C,), float32.
         baseline_losses: {"gram": {scale: x}, "rkd": {scale: x, "global": x}, "global": x}.
         fidelity: what is lost against the raw teacher, per scale, on held-out rows.
+        roi_cosine: scale → share of the area → cosine of a resampled map to the teacher's of that crop; {} if unknown.
         calibration_rows, heldout_rows: int64.
     """
 
@@ -84,6 +85,7 @@ class Cache:
         self.segments: list[int] = header["segments"]
         self.baseline_losses: dict[str, Any] = header["baseline_losses"]
         self.fidelity: dict[str, Any] = header["fidelity"]
+        self.roi_cosine: dict[str, dict[str, float]] = header["roi_cosine"]
         self.views: list[str] = header["views"]
         self.arrays = layout.row_arrays(self.scales, self.global_width, self.views)
         self._by_view = {view: self._arrays_of(view) for view in (None, *self.views)}
