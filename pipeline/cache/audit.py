@@ -93,7 +93,9 @@ def _notes(plan: Plan) -> list[str]:
     """What could not be looked at."""
     notes = []
     if plan.foreign:
-        notes.append("a compressed copy: rows were read through their codecs; without seals, exchanged shards go unnoticed")
+        notes.append(
+            "a compressed copy: rows were read through their codecs; without seals, exchanged shards go unnoticed"
+        )
     elif not plan.sealed:
         notes.append("without seals (of an older writer): exchanged shards would not be noticed")
     if isinstance(plan.root, RemotePath):
@@ -136,6 +138,7 @@ def _with_totals(
         bytes_read=sum(audit.bytes_read for audit in audits),
         manifest=manifest,
         notes=report.notes,
+        repairable=plan.source is None,
     )
 
 

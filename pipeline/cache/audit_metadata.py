@@ -143,7 +143,7 @@ class MetadataAudit:
         return found
 
     def _names(self, listed: set[str]) -> set[str]:
-        """Arrays and groups that have a zarr.json; of a remote store, which lists nothing, those that the digest covers."""
+        """Arrays and groups that have a zarr.json; of a remote store, which lists no files, those in `listed`."""
         if isinstance(self.root, RemotePath):
             return {name.removesuffix(f"/{layout.METADATA}") for name in listed if name.endswith(f"/{layout.METADATA}")}
         files = (file for place in PLACES for file in self.root.glob(f"{place}/{layout.METADATA}"))

@@ -202,6 +202,8 @@ def plan_of_documents(root: Path, documents: Documents) -> Plan | None:
         return None
     (rows, shard_rows), _ = sizes.most_common(1)[0]
     views = sorted({array.name.split("/")[1] for array in arrays if array.name.count("/") == 2})
-    scales = sum("/" not in array.name and array.name != layout.GLOBAL and len(array.row_shape) == 2 for array in arrays)
+    scales = sum(
+        "/" not in array.name and array.name != layout.GLOBAL and len(array.row_shape) == 2 for array in arrays
+    )
     otherwise = _foreign(tuple(arrays), rows, shard_rows, documents)
     return Plan(root, rows, shard_rows, tuple(arrays), tuple(views), scales, False, *otherwise)
