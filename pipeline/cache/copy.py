@@ -146,7 +146,7 @@ def _header(cache: Cache, names: list[str], views: list[str]) -> tuple[dict[str,
     attributes["scales"] = [scale for scale in attributes["scales"] if scale["name"] in names]
     attributes["fidelity"] = of_names(attributes["fidelity"])
     losses = attributes["baseline_losses"]
-    losses |= {"gram": of_names(losses["gram"]), "rkd": of_names(losses["rkd"], layout.GLOBAL)}
+    losses |= {kind: of_names(losses[kind], layout.GLOBAL) for kind in ("gram", "rkd") if kind in losses}
     if isinstance(of_teacher := attributes["teacher"].get("scales"), list):
         attributes["teacher"]["scales"] = [scale for scale in of_teacher if scale["name"] in names]
     attributes["views"], settings = views, attributes["settings"]
