@@ -79,13 +79,19 @@ class Timing:
         return statistics.median(own[i] / theirs[i] for i in own if i in theirs)
 
 
-def interleave(tasks: Mapping[str, Task], rounds: int, at_most: Mapping[str, int] | None = None) -> dict[str, Timing]:
+def interleave(
+    tasks: Mapping[str, Task],
+    rounds: int,
+    at_most: Mapping[str, int] | None = None,
+    before: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
     """Time `tasks` in turns, so that a change of the machine's load meets all of them alike.
 
     Each is called once untimed (round 0), then once a round; whoever begins changes from round to round.
 
     Args:
         at_most: rounds of the tasks that are too slow for all of them.
+        before: called before every task, outside the clock.
     """
     for task in tasks.values():
         task(0)
@@ -96,6 +102,8 @@ def interleave(tasks: Mapping[str, Task], rounds: int, at_most: Mapping[str, int
         for name in names[first:] + names[:first]:
             if index > (at_most or {}).get(name, rounds):
                 continue
+            if before is not None:
+                before()
             wall, cpu = time.perf_counter(), time.process_time()
             result = tasks[name](index)
             timings[name].cpu[index] = time.process_time() - cpu

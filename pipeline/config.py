@@ -28,6 +28,7 @@ PATH_KEYS = (
     ("workspace",),
     ("data", "source"),
     ("data", "val_source"),
+    ("data", "cache"),
     ("teacher", "checkpoint"),
     ("evaluate", "datasets"),
 )

@@ -32,6 +32,7 @@ class DataConfig(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     shuffle: Literal["full", "shards"] = "full"
     shuffle_buffer: Positive = 8  # shards that `shuffle: shards` mixes
+    cache: Source | None = None  # the teacher cache to read, a folder or a URL; null: workspace/teacher.zarr
     cache_access: Literal["auto", "map", "read"] = "auto"  # auto: positioned reads on network disks, else memory maps
     permute_targets: bool = False  # the control `shuffled-cache`
 

@@ -49,15 +49,8 @@ def open_data(workspace: Workspace, config: Config) -> Data:
     rows = {split: manifest.rows(split) for split in ("train", "val")}
     cache = None
     if config.model.parts.student:
-        if not workspace.teacher.exists():
-            raise PipeError(
-                "there is no teacher cache",
-                where=workspace.teacher,
-                fix="run: pipe extract-teacher (or train --fusion none)",
-            )
-        cache = open_cache(
-            workspace.teacher, verify=True, access=config.data.cache_access
-        )  # CRCs: far cheaper than JPEG
+        # Checksums of every row: far cheaper than decoding its image.
+        cache = open_cache(cache_place(workspace, config), verify=True, access=config.data.cache_access)
         check_matches(
             cache,
             manifest_fingerprint=manifest.fingerprint(min(cache.rows, len(manifest))),
@@ -70,6 +63,16 @@ def open_data(workspace: Workspace, config: Config) -> Data:
     if len(val) > VALIDATION_ROWS:
         val = np.sort(generator.choice(val, VALIDATION_ROWS, replace=False))
     return Data(manifest, cache, rows["train"], val)
+
+
+def cache_place(workspace: Workspace, config: Config) -> str:
+    """Folder or URL of the teacher cache; PipeError where there should be a folder and is none."""
+    place = config.data.cache or str(workspace.teacher)
+    if "://" not in place and not Path(place).exists():
+        raise PipeError(
+            "there is no teacher cache", where=place, fix="run: pipe extract-teacher (or train --fusion none)"
+        )
+    return place
 
 
 def asked_teacher(config: Config, layers: int) -> dict[str, Any]:

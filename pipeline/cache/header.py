@@ -109,18 +109,18 @@ def _row_documents(attributes: dict[str, Any]) -> dict[str, bytes]:
     scales = [ScaleInfo(**scale) for scale in attributes["scales"]]
     documents = {
         array.name: layout.row_array_document(array, rows, shard_rows)
-        for array in layout.row_arrays(scales, attributes["global_width"], attributes["views"])
+        for array in layout.row_arrays(scales, attributes["global_width"], attributes.get("views", []))
     }
     documents[layout.STATE] = layout.plain_array_document((rows,), (shard_rows,), np.dtype("u1"), ("row",))
     shape = (-(-rows // shard_rows), len(scales))
     documents[SEALS] = seals_document(
-        layout.row_arrays(scales, attributes["global_width"], attributes["views"]), shape[0]
+        layout.row_arrays(scales, attributes["global_width"], attributes.get("views", [])), shape[0]
     )
     documents[layout.SATURATED] = layout.plain_array_document(
         shape, (1, len(scales)), np.dtype("<i8"), ("shard", "scale")
     )
-    if attributes["views"]:
-        groups = [layout.VIEWS, *(f"{layout.VIEWS}/{view}" for view in attributes["views"])]
+    if attributes.get("views", []):
+        groups = [layout.VIEWS, *(f"{layout.VIEWS}/{view}" for view in attributes.get("views", []))]
         documents |= dict.fromkeys(groups, layout.group_document({}))
     files = {f"{name}/{layout.METADATA}": layout.json_bytes(document) for name, document in documents.items()}
     return {layout.METADATA: layout.json_bytes(layout.group_document(attributes)), **files}

@@ -27,7 +27,7 @@ class RowSource(Protocol):
         ...
 
     def will_need(self, array: RowArray, rows: np.ndarray) -> None:
-        """Begin to read these rows, and return at once. A hint: it fails only where reading them would."""
+        """Bring these rows into the page cache. Fails only where reading them would."""
         ...
 
     def forget(self) -> None:

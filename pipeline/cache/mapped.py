@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import layout
+from pipeline.cache.ahead import read_ahead
 from pipeline.cache.layout import RowArray
-from pipeline.cache.shards import CRC_BYTES, States, crc32c, index_bytes, open_shard, refuse_damaged, runs_of
+from pipeline.cache.shards import CRC_BYTES, States, crc32c, index_bytes, open_shard, refuse_damaged
 from pipeline.errors import PipeError
 
 MOST_MAPS = 16384  # each is two entries in a table for which Linux allows 65,530 (vm.max_map_count)
@@ -84,9 +85,9 @@ class MappedShards:
             return
         with self._locked():
             span = self._span(array)
-            places = self._places(span, np.unique(rows))
-            for start, end in runs_of(places, array.row_bytes + CRC_BYTES):
-                span.advise(start, end)
+            shard_of, offsets = np.divmod(self._places(span, np.unique(rows)), span.room)
+        for shard in np.unique(shard_of).tolist():
+            read_ahead(array.file(self.root, shard), offsets[shard_of == shard], span.stride)
 
     def _locked(self) -> threading.Lock:
         if os.getpid() != self._pid:  # a fork copies a lock that may be held; the maps stay good
@@ -192,18 +193,13 @@ class _Span:
             offsets = np.where(self.dense[shard_of], offsets, self.offsets[rows])
         return shard_of * self.room + offsets
 
-    def advise(self, start: int, end: int) -> None:
-        """Begin to read what is mapped there. A hint: whether it was taken is not asked."""
-        first = start - start % mmap.PAGESIZE
-        _libc().madvise(self.base + first, end - first, mmap.MADV_WILLNEED)
-
 
 @cache
 def _libc() -> Any:
     library = ctypes.CDLL(None, use_errno=True)
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     library.mmap.restype, library.mmap.argtypes = pointer, [pointer, size, number, number, number, ctypes.c_int64]
-    library.munmap.argtypes, library.madvise.argtypes = [pointer, size], [pointer, size, number]
+    library.munmap.argtypes = [pointer, size]
     return library
 
 

@@ -11,15 +11,15 @@ import os
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.cache import layout
+from pipeline.cache.ahead import read_ahead
 from pipeline.cache.layout import RowArray
-from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, RowOffsets, States, crc32c, open_shard, refuse_damaged, runs_of
+from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, RowOffsets, States, crc32c, open_shard, refuse_damaged
 from pipeline.errors import PipeError
 
 READS_AT_ONCE = 16  # what hides the latency of a network disk
@@ -73,36 +73,35 @@ class PositionedShards:
         stored = np.empty((len(rows), CRC_BYTES), np.uint8)
         sound = np.ones(len(rows), bool)
 
-        def read(i: int) -> None:
-            shard = opened[i]
-            try:
-                got = os.preadv(shard.descriptor, [flat[i], stored[i]], offsets[i])
-            except OSError as error:
-                raise PipeError(f"cannot read this shard: {error.strerror}", where=shard.file) from error
-            if got < array.row_bytes + CRC_BYTES:
-                raise PipeError("this shard was cut short", where=shard.file, fix=FIX_SHARD)
-            if check:
-                sound[i] = crc32c(flat[i]) == int.from_bytes(stored[i], "little")
+        def read(some: range) -> None:
+            for i in some:
+                shard = opened[i]
+                try:
+                    got = os.preadv(shard.descriptor, [flat[i], stored[i]], offsets[i])
+                except OSError as error:
+                    raise PipeError(f"cannot read this shard: {error.strerror}", where=shard.file) from error
+                if got < array.row_bytes + CRC_BYTES:
+                    raise PipeError("this shard was cut short", where=shard.file, fix=FIX_SHARD)
+                if check:
+                    sound[i] = crc32c(flat[i]) == int.from_bytes(stored[i], "little")
 
         if self._pool is None:
             self._pool = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="cache")
-        for _ in self._pool.map(read, range(len(rows))):
+        for _ in self._pool.map(read, [range(first, len(rows), READS_AT_ONCE) for first in range(READS_AT_ONCE)]):
             pass
         if not sound.all():
             refuse_damaged(array, self.root, rows[~sound], self.shard_rows)
         return out
 
     def will_need(self, array: RowArray, rows: np.ndarray) -> None:
-        if not len(rows) or not hasattr(os, "posix_fadvise"):
+        if not len(rows):
             return
         opened, offsets = self._located(array, np.unique(rows))
-        by_shard: dict[int, list[int]] = {}
+        by_file: dict[Path, list[int]] = {}
         for shard, offset in zip(opened, offsets, strict=True):
-            by_shard.setdefault(shard.descriptor, []).append(offset)
-        for descriptor, of_shard in by_shard.items():
-            for start, end in runs_of(np.array(of_shard), array.row_bytes + CRC_BYTES):
-                with suppress(OSError):
-                    os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+            by_file.setdefault(shard.file, []).append(offset)
+        for file, of_file in by_file.items():
+            read_ahead(file, np.array(of_file), array.row_bytes + CRC_BYTES)
 
     def _located(self, array: RowArray, rows: np.ndarray) -> tuple[list[_OpenShard], list[int]]:
         """Each row's shard, open, and its offset there."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from pipeline.cache import codec, layout
+from pipeline.cache.ahead import Ahead
 from pipeline.cache.chunks import check_foreign_document, is_plain
 from pipeline.cache.header import read_header, read_small, require_covered
 from pipeline.cache.layout import RowArray, ScaleInfo
@@ -102,7 +103,7 @@ class Cache:
         self.calibration_rows = read_small(self.path, layout.CALIBRATION_ROWS)
         self.heldout_rows = read_small(self.path, layout.HELDOUT_ROWS)
         self._states = States(path, self.rows, self.shard_rows)
-        self.source = self._source(access, max_open)
+        self.source, self._ahead = self._source(access, max_open), Ahead()
 
     def _check_documents(self) -> bool:
         """Whether all arrays are as our writer stores them; others need only the same values, in any codecs."""
@@ -192,6 +193,7 @@ class Cache:
         Rows come in the order asked for; duplicates are allowed. Raises as `read` does.
         """
         wanted = self._checked(rows)
+        self._ahead.wait_for(wanted)
         check = self.verify if verify is None else verify
         return {name: self.source.gather(array, wanted, check) for name, array in self._view(view).items()}
 
@@ -203,13 +205,19 @@ class Cache:
     def will_need(self, rows: Any, *, view: str | None = None) -> None:
         """Begin to read `rows` (n,) from the disk, and return at once: for the batches that come next.
 
-        Rows that are not there are passed over.
+        Rows that are not there are passed over, and nothing is raised.
         """
         wanted = np.asarray(rows, np.int64)
         wanted = wanted[(wanted >= 0) & (wanted < self.rows)]
         wanted = wanted[self.state()[wanted] == layout.OK]
-        for array in self._view(view).values():
-            self.source.will_need(array, wanted)
+        source, arrays = self.source, list(self._view(view).values())
+
+        def read() -> None:
+            for array in arrays:
+                source.will_need(array, wanted)
+
+        if len(wanted):
+            self._ahead.hint(wanted, read)
 
     def _view(self, view: str | None) -> dict[str, RowArray]:
         if view not in self._by_view:

@@ -8,10 +8,10 @@ Legend: n rows of a shard, m decodable images of a batch, T tokens, C channels, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ class ShardEncoder:
             if token_steps is not None:
                 self.arrays[prefix + layout.steps_name(name)][places] = token_steps.cpu().numpy()
             if counts:
-                self.saturated[name] += int(saturated)
+                self.saturated[name] += saturated
         self.arrays[prefix + GLOBAL][places] = to_float16(features[GLOBAL])[0].cpu().numpy()
 
     def publish(self) -> None:
@@ -172,11 +172,9 @@ class TensorCodec:
         self.basis = None if codec.basis is None else torch.from_numpy(np.array(codec.basis)).to(device)
         self.steps = None if codec.steps is None else torch.from_numpy(np.array(codec.steps)).to(device)
 
-    def encode(self, features: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor | None, int]:
         """features (m, T, C) float32 → values (m, T, K), per-token steps (m, T) for int8_token, values cut off."""
         coefficients = features if self.basis is None else features @ self.basis
-        if not torch.isfinite(coefficients).all():
-            raise PipeError("the teacher's features are not finite", fix="run the teacher in float32 or bf16")
         if self.dtype == "float16":
             values, beyond = to_float16(coefficients)
             return values, None, beyond
@@ -189,13 +187,21 @@ class TensorCodec:
         return values, None, beyond
 
 
-def to_float16(values: Tensor) -> tuple[Tensor, Tensor]:
-    """As `codec.to_float16`: what lies beyond float16's range is cut and counted."""
-    beyond = (values.abs() > FLOAT16_MAX).sum()
+def to_float16(values: Tensor) -> tuple[Tensor, int]:
+    """As `codec.to_float16`: what lies beyond float16's range is cut and counted; PipeError for what is not finite."""
+    beyond = _beyond(values, FLOAT16_MAX)
     return values.clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), beyond
 
 
-def _to_int8(levels: Tensor) -> tuple[Tensor, Tensor]:
-    levels = levels.round()  # ties to even
-    beyond = (levels.abs() > LEVELS).sum()
-    return levels.clamp(-LEVELS, LEVELS).to(torch.int8), beyond
+def _to_int8(levels: Tensor) -> tuple[Tensor, int]:
+    levels = levels.round_()  # ties to even
+    beyond = _beyond(levels, LEVELS)
+    return (levels.clamp_(-LEVELS, LEVELS) if beyond else levels).to(torch.int8), beyond
+
+
+def _beyond(values: Tensor, most: float) -> int:
+    """How many lie outside ±most. One look at the extremes usually answers that, and whether all are finite."""
+    low, high = (float(extreme) for extreme in torch.aminmax(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise PipeError("the teacher's features are not finite", fix="run the teacher in float32 or bf16")
+    return 0 if -most <= low and high <= most else int((values.abs() > most).sum())

@@ -27,7 +27,8 @@ from pipeline.data.views import View
 from pipeline.errors import PipeError
 from pipeline.teacher.teacher import Teacher
 
-AHEAD = 3  # batches that are decoded or being decoded while the network works
+AHEAD = 3  # batches that are decoded or being decoded while a GPU works
+AHEAD_ON_CPU = 0  # there both want the same cores, and disturb each other when they work at the same time
 CPU_IMAGES = 4  # a forward on a CPU: larger ones leave its caches and get fresh pages each time (twice the time at 64)
 NAMED_FAILURES = 5  # rows whose problem is logged one by one
 MOST_THREADS = 16
@@ -138,10 +139,12 @@ class Feed:
     ) -> Iterator[tuple[np.ndarray, list[_Seen | None]]]:
         waiting: deque[tuple[np.ndarray, list[Future[_Seen | None]]]] = deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        ahead = AHEAD_ON_CPU if self.teacher.get_buffer("_mean").device.type == "cpu" else AHEAD
         try:
-            for rows in batches:
+            for rows, later in _with_next(batches):
+                self.reader.will_need(later)  # the disk works in any case
                 waiting.append((rows, [pool.submit(self._look, int(row), views) for row in rows]))
-                if len(waiting) > AHEAD:
+                if len(waiting) > ahead:
                     yield _collected(*waiting.popleft())
             while waiting:
                 yield _collected(*waiting.popleft())
@@ -197,6 +200,16 @@ class Feed:
 
 def _collected(rows: np.ndarray, futures: list[Future[_Seen | None]]) -> tuple[np.ndarray, list[_Seen | None]]:
     return rows, [future.result() for future in futures]
+
+
+def _with_next(batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each batch and the one after it, which for the last is empty."""
+    iterator = iter(batches)
+    current = next(iterator, None)
+    while current is not None:
+        after = next(iterator, None)
+        yield current, np.zeros(0, np.int64) if after is None else after
+        current = after
 
 
 def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:

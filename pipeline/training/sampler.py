@@ -125,16 +125,26 @@ class BatchPlan:
             return epoch_of(epoch).order[first : first + own]
 
         for step in range(start, self.total_steps):
-            if self.shuffle == "full":
-                later = step + STEPS_AHEAD
-                ahead = rows_of(later) if later < self.total_steps else np.zeros(0, np.int64)
-            else:
+            if self.shuffle == "shards":
                 ahead = self._next_group(step, epoch_of, rank, own)
+                if step == start:  # and what is left of the group that the run begins in
+                    ahead = np.concatenate([self._rest_of_group(step, epoch_of, rank, own), ahead])
+            else:
+                later = range(step + 1 if step == start else step + STEPS_AHEAD, step + STEPS_AHEAD + 1)
+                known = [rows_of(number) for number in later if number < self.total_steps]
+                ahead = np.concatenate([np.zeros(0, np.int64), *known])
             yield Step(step, step // self.steps_per_epoch, rows_of(step), ahead)
 
+    def _rest_of_group(self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int) -> np.ndarray:
+        """This process's rows of the step's group from the step on, ascending."""
+        number, place = divmod(step, self.steps_per_epoch)
+        first, epoch = place * self.batch_size, epoch_of(number)
+        end = int(epoch.bounds[np.searchsorted(epoch.bounds, first, side="right")])
+        span = np.arange(first, min(end, self.steps_per_epoch * self.batch_size))
+        return np.sort(epoch.order[span[span % self.batch_size // own == rank]])
+
     def _next_group(self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int) -> np.ndarray:
-        """This process's rows of the group after the step's, ascending: the part that is due in this step, so that
-        all of them have been asked for when the group begins."""
+        """This process's rows of the group after the step's, ascending: the part that is due in this step."""
         number, place = divmod(step, self.steps_per_epoch)
         first, used = place * self.batch_size, self.steps_per_epoch * self.batch_size
         bounds = epoch_of(number).bounds
@@ -148,7 +158,7 @@ class BatchPlan:
         span = np.arange(epoch.bounds[group + 1], min(int(epoch.bounds[group + 2]), used))
         rows = np.sort(epoch.order[span[span % self.batch_size // own == rank]])
         begins, ends = -(-start // self.batch_size), end // self.batch_size  # places that lie wholly in this group
-        parts = np.array_split(rows, max(1, ends - begins))
+        parts = np.array_split(rows, max(1, (ends - begins) // 2))  # in half the time: a slow disk has the other half
         return parts[place - begins] if place - begins < len(parts) else np.zeros(0, np.int64)
 
 

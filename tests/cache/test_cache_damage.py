@@ -70,7 +70,7 @@ def _rewrite_metadata(store: Path, name: str, change: Callable[[dict], object]) 
 
 def test_an_array_of_another_shape_is_refused_even_with_a_fitting_digest(store: Path) -> None:
     _rewrite_metadata(store, "fine", lambda document: document["shape"].__setitem__(0, 22))
-    with pytest.raises(PipeError, match=r"fine/zarr\.json"):
+    with pytest.raises(PipeError, match="`shape` of the array fine"):
         open_cache(store)
 
 

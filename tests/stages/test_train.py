@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from train_runs import losses, run, spoil
 
+from pipeline.cache.compress import compress_cache
 from pipeline.config import load_config
 from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace, read_json
@@ -82,6 +83,17 @@ def test_how_the_cache_is_read_changes_nothing(folder):
     plain = run(folder, name="plain", sets=["data.shuffle=shards", "data.cache_access=map"])
     other = run(folder, name="other", sets=["data.shuffle=shards", "data.cache_access=read", "data.workers=1"])
     assert losses(plain) == losses(other)
+
+
+def test_a_compressed_copy_elsewhere_trains_the_same(folder, tmp_path):
+    plain = run(folder, name="plain")
+    compress_cache(folder / "workspace" / "teacher.zarr", tmp_path / "small.zarr", codec="zstd")
+    shutil.rmtree(folder / "workspace" / "teacher.zarr")
+    there = tmp_path / "small.zarr"
+    assert losses(run(folder, name="a", sets=[f"data.cache={there}"])) == losses(plain)
+    assert losses(run(folder, name="b", sets=[f"data.cache=file://{there}", "data.workers=1"])) == losses(plain)
+    with pytest.raises(PipeError, match=r"there is no teacher cache.*nowhere\.zarr"):
+        run(folder, name="c", sets=["data.cache=nowhere.zarr"])
 
 
 def test_the_plan_is_the_configurations(folder):

@@ -26,7 +26,7 @@ from pipeline.errors import PipeError, Stopped
 from pipeline.teacher import extract as extract_module
 from pipeline.teacher.calibration import Spool, choose_rows
 from pipeline.teacher.extract import Settings, ShardEncoder, extract, summary
-from pipeline.teacher.feed import AHEAD, Feed, in_batches
+from pipeline.teacher.feed import AHEAD, AHEAD_ON_CPU, Feed, in_batches
 from pipeline.teacher.teacher import Teacher, load_teacher
 
 MakeManifest = Callable[..., Manifest]
@@ -427,9 +427,11 @@ def test_a_resumed_extraction_keeps_the_precision_it_began_in(
 # ---- the feed --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ahead", [AHEAD_ON_CPU, AHEAD])
 def test_decoding_runs_only_a_few_batches_ahead(
-    make_manifest: MakeManifest, vit: Teacher, monkeypatch: pytest.MonkeyPatch
+    ahead: int, make_manifest: MakeManifest, vit: Teacher, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("pipeline.teacher.feed.AHEAD_ON_CPU", ahead)
     decoded: list[int] = []
     pixels = Feed._look
     monkeypatch.setattr(Feed, "_look", lambda self, row, views: (decoded.append(row), pixels(self, row, views))[1])
@@ -438,7 +440,7 @@ def test_decoding_runs_only_a_few_batches_ahead(
     for count in range(1, 4):
         batch = next(stream)
         assert batch.rows.tolist() == list(range(4 * count - 4, 4 * count))
-        assert len(decoded) <= 4 * (count + AHEAD)
+        assert len(decoded) <= 4 * (count + ahead)
     stream.close()
 
 

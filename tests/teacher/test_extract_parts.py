@@ -265,6 +265,33 @@ def test_a_full_disk_is_one_line_and_the_store_goes_on_when_there_is_room(
     assert store_bytes(out) == store_bytes(tmp_path / "whole.zarr")
 
 
+# ---- compiling -------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_teacher_is_recorded_and_gives_the_same_features(
+    make_manifest: MakeManifest, vit: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a backend that needs no compiler; what torch's own gives differs by rounding."""
+    compiled: list[bool] = []
+
+    def compile_network(self: Teacher) -> None:
+        compiled.append(True)
+        self.backbone.compile(backend="eager")
+
+    monkeypatch.setattr(Teacher, "compile_network", compile_network)
+    manifest = make_manifest(12)
+    plain = extract(manifest, vit, tmp_path / "a.zarr", SETTINGS).cache
+    assert not compiled
+    made = extract(manifest, vit, tmp_path / "b.zarr", replace(SETTINGS, compile=True)).cache
+    assert compiled
+    assert made.settings["compile"] is True
+    assert "compile" not in plain.settings
+    for name, values in plain.read_raw(np.arange(12)).items():
+        assert np.abs(values.astype(np.float32) - made.read_raw(np.arange(12))[name]).max() <= 1
+    with pytest.raises(PipeError, match="compile"):
+        extract(manifest, vit, tmp_path / "b.zarr", SETTINGS)
+
+
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
