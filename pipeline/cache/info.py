@@ -147,7 +147,10 @@ def info_lines(info: dict[str, Any]) -> list[str]:
         "scale       layer  grid  kept  dtype       explained  cosine  worst 1%  Gram rms  mean-Gram loss  saturated",
     ]
     for scale in info["scales"]:
-        found, loss = info["fidelity"].get(scale["name"], {}), info["baselines"].get("gram", {}).get(scale["name"], np.nan)
+        found, loss = (
+            info["fidelity"].get(scale["name"], {}),
+            info["baselines"].get("gram", {}).get(scale["name"], np.nan),
+        )
         cosine, worst, gram = (found.get(key, np.nan) for key in ("cosine_mean", "cosine_worst_1pct", "gram_rms"))
         lines.append(
             f"{scale['name']:<10}  {scale['layer']:>5}  {scale['grid']:>4}  {scale['components']:>4}  "
