@@ -41,8 +41,8 @@ LIMIT, FLOAT_READERS, SLOW = "np.memmap", ("np.memmap, to float32", "read"), "za
 TENSORSTORE_POOL = 16_000_000  # bytes: far more than all shard indexes, far less than the rows
 
 
-def build_store(path: Path, flat: Path, rows: int, seed: int = 0) -> Cache:
-    """A finished cache of random values at `path`, and the same arrays as flat files in `flat`."""
+def identity_and_fit(rows: int, seed: int = 0) -> tuple[CacheIdentity, CacheFit]:
+    """What a cache of `rows` rows is set up with: random steps, and neither baselines nor fidelity."""
     rng = np.random.default_rng(seed)
     basis = np.eye(WIDTH, COMPONENTS, dtype=np.float32)
     steps = {spec.name: rng.uniform(0.01, 0.1, COMPONENTS).astype(np.float32) for spec in SCALES}
@@ -64,12 +64,24 @@ def build_store(path: Path, flat: Path, rows: int, seed: int = 0) -> Cache:
         baseline_losses={},
         fidelity={},
     )
+    return identity, fit
+
+
+def random_rows(rng: np.random.Generator, count: int) -> Rows:
+    """Values of `count` rows, as a shard is written."""
+    values: Rows = {s.name: rng.integers(-127, 128, (count, s.tokens, COMPONENTS), np.int8) for s in SCALES}
+    return values | {layout.GLOBAL: rng.standard_normal((count, GLOBAL_WIDTH), np.float32).astype(np.float16)}
+
+
+def build_store(path: Path, flat: Path, rows: int, seed: int = 0) -> Cache:
+    """A finished cache of random values at `path`, and the same arrays as flat files in `flat`."""
+    rng = np.random.default_rng(seed)
+    identity, fit = identity_and_fit(rows, seed)
     flat.mkdir()
     with CacheWriter.create(path, identity, fit) as writer:
         for shard in range(writer.shards):
             count = len(writer.rows_of(shard))
-            arrays: Rows = {s.name: rng.integers(-127, 128, (count, s.tokens, COMPONENTS), np.int8) for s in SCALES}
-            arrays[layout.GLOBAL] = rng.standard_normal((count, GLOBAL_WIDTH), np.float32).astype(np.float16)
+            arrays = random_rows(rng, count)
             writer.write_shard(shard, arrays, np.full(count, layout.OK, np.uint8))
             for name, values in arrays.items():
                 with open(flat / name, "ab") as file:

@@ -1,4 +1,4 @@
-"""`pipe cache info | verify | stats | copy`: look at a teacher cache, check it, repair it, copy parts of it."""
+"""`pipe cache info | verify | stats`: look at a teacher cache, check it, repair it. Copies are in cache_copy.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.findings import Finding, Report
+from pipeline.cache.remote_path import RemotePath
 from pipeline.config import Config
 from pipeline.console import log
 from pipeline.data.manifest import Manifest, read_manifest
@@ -19,10 +20,12 @@ from pipeline.run_folder import Workspace
 SHOWN = 100  # findings printed; --json has them all
 
 
-def locate(path: Path | None, config: Config | None) -> Path:
-    """The cache that a command is about: the one named, else the workspace's."""
+def locate(path: str | None, config: Config | None) -> Path:
+    """The cache that a command is about: the folder or URL that is named, else the workspace's."""
+    from pipeline.cache.reader import place_of
+
     if path is not None:
-        return path
+        return place_of(path)
     if config is None:
         raise PipeError("which cache?", fix="name its folder, or a config with --config")
     return Workspace(config.workspace).teacher
@@ -30,6 +33,8 @@ def locate(path: Path | None, config: Config | None) -> Path:
 
 def manifest_of(path: Path, config: Config | None) -> Manifest | None:
     """The workspace's manifest, else the one beside the cache; None where there is none."""
+    if config is None and isinstance(path, RemotePath):
+        return None
     place = Workspace(path.absolute().parent if config is None else config.workspace).manifest
     return read_manifest(place) if place.is_file() else None
 
@@ -49,16 +54,18 @@ def info(path: Path, config: Config | None, *, as_json: bool = False) -> None:
     print(_json(found) if as_json else "\n".join(info_lines(found)))
 
 
-def stats(path: Path, *, rows: int | None = None, seed: int = 0, as_json: bool = False) -> None:
-    """Print moments and spectra of all rows, or of a random `rows` of them.
+def stats(
+    path: Path, *, rows: int | None = None, seed: int = 0, view: str | None = None, as_json: bool = False
+) -> None:
+    """Print moments and spectra of all rows, or of a random `rows` of them; of a further `view`, or of the base view.
 
     Raises:
-        PipeError: no cache there, no rows in it, or a damaged one.
+        PipeError: no cache there, no rows or no such view in it, or a damaged row.
     """
     from pipeline.cache.reader import open_cache
     from pipeline.cache.stats import cache_stats, stats_lines
 
-    found = cache_stats(open_cache(path), rows=rows, seed=seed)
+    found = cache_stats(open_cache(path), rows=rows, seed=seed, view=view)
     print(_json(found) if as_json else "\n".join(stats_lines(found)))
 
 
@@ -73,13 +80,15 @@ def verify(path: Path, config: Config | None, *, repair: bool = False, as_json: 
         repair: extract the damaged shards again, and read these once more.
 
     Raises:
-        PipeError: no cache there; repair without a config, or with one of another cache.
+        PipeError: no cache there; repair without a config, with one of another cache, or of a remote or compressed one.
         Stopped: a signal arrived during the repair; pipe extract-teacher goes on.
     """
     from pipeline.cache import audit
 
     if repair and config is None:
         raise PipeError("a repair runs the teacher again", fix="name the config: --config FILE")
+    if repair:
+        _refuse_to_repair(path)
     manifest = manifest_of(path, config)
     report = audit.verify(path, manifest=manifest)
     after = None
@@ -98,6 +107,21 @@ def verify(path: Path, config: Config | None, *, repair: bool = False, as_json: 
         repaired = None if after is None else {"shards": report.damaged_shards, "after": after.to_json()}
         print(_json(report.to_json() | {"repair": repaired}))
     return not (after or report).damage
+
+
+def _refuse_to_repair(path: Path) -> None:
+    """Rows are extracted into plain stores on a disk alone; which a store with damaged metadata is, nobody can say."""
+    from pipeline.cache.reader import open_cache
+
+    if isinstance(path, RemotePath):
+        raise PipeError("a remote cache is not repaired from here", where=path, fix="repair it where it lies")
+    try:
+        plain = open_cache(path).plain
+    except PipeError:
+        return
+    if not plain:
+        fix = "copy it again from the plain one, or move it away and run: pipe extract-teacher"
+        raise PipeError("this cache is a compressed copy, which is not repaired", where=path, fix=fix)
 
 
 def extract_again(config: Config, path: Path, report: Report) -> None:
@@ -158,7 +182,7 @@ def _report_lines(report: Report) -> list[str]:
         return [*lines, f"sound{f', {unfinished:,} shards unfinished' if unfinished else ''}"]
     shards, rows_hit = report.damaged_shards, {row for finding in report.damage for row in finding.rows}
     lines.append(f"DAMAGED: {len(report.damage):,} findings, {len(shards):,} shards, {len(rows_hit):,} rows named")
-    if shards and not report.beyond_repair:
+    if shards and not report.beyond_repair and report.repairable:
         lines.append("to extract the damaged shards again: pipe cache verify --repair")
     return lines
 
@@ -177,81 +201,6 @@ def _repair_lines(before: Report, after: Report, more: int) -> list[str]:
     if more > 0:  # of a copy, or below a limit: an extraction writes whole shards
         lines.append(f"note: {more:,} rows of these shards that were absent are there now")
     return lines
-
-
-# --- copy -------------------------------------------------------------------------------------------------------------
-
-
-def copy(
-    source: Path,
-    out: Path,
-    config: Config | None,
-    *,
-    rows: str | None = None,
-    rows_file: Path | None = None,
-    split: str | None = None,
-    scales: str | None = None,
-) -> None:
-    """Copy some rows or scales of the cache at `source` to `out`, and print what the copy has.
-
-    Args:
-        rows: "A-B", both included; several by commas.
-        rows_file: a row number a line.
-        split: rows of this split of the manifest.
-        scales: names, by commas.
-
-    Raises:
-        PipeError: `out` exists, rows or scales are not there, more than one choice of rows, ...
-    """
-    from pipeline.cache.copy import copy_cache
-
-    if sum(choice is not None for choice in (rows, rows_file, split)) > 1:
-        raise PipeError("more than one choice of rows", fix="give one of --rows, --rows-file and --split")
-    chosen = None
-    if rows is not None:
-        chosen = parse_rows(rows)
-    elif rows_file is not None:
-        chosen = _read_rows(rows_file)
-    elif split is not None:
-        chosen = _rows_of_split(split, manifest_of(source, config))
-    copied = copy_cache(source, out, rows=chosen, scales=None if scales is None else scales.split(","))
-    absent = f"; {copied.absent:,} of the rows asked for are not in {source}" if copied.absent else ""
-    print(f"copied {copied.rows:,} rows to {out}, digest {copied.cache.digest}{absent}")
-
-
-def parse_rows(text: str) -> np.ndarray:
-    """`0-99,500` → the rows (n,) int64, both ends included."""
-    parts = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        last = last or first
-        if not (first.isdecimal() and last.isdecimal()) or int(last) < int(first):
-            raise PipeError("rows are given as A-B, both included, or several such by commas", where=repr(part))
-        parts.append(np.arange(int(first), int(last) + 1))
-    return np.concatenate(parts)
-
-
-def _read_rows(file: Path) -> np.ndarray:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PipeError(f"cannot read the list of rows: {error}", where=file) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.strip().isdecimal():
-            raise PipeError(f"line {number} is not a row number", where=file, fix="one number a line")
-        rows += [int(line)] if line.strip() else []
-    if not rows:
-        raise PipeError("this list has no rows", where=file)
-    return np.array(rows, np.int64)
-
-
-def _rows_of_split(split: str, manifest: Manifest | None) -> np.ndarray:
-    if manifest is None:
-        raise PipeError("splits are in the manifest, and there is none", fix="name a config with --config")
-    if split not in ("train", "val"):
-        raise PipeError("there is no such split", where=repr(split), fix="--split train or --split val")
-    return manifest.rows("val" if split == "val" else "train", ok_only=False)
 
 
 def _json(value: Any) -> str:

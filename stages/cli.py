@@ -146,12 +146,12 @@ cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look 
 app.add_typer(cache_app, name="cache")
 
 CacheArgument = Annotated[
-    Path | None, typer.Argument(metavar="[PATH]", help="The cache's folder; default: the workspace's.")
+    str | None, typer.Argument(metavar="[PATH]", help="The cache's folder or URL; default: the workspace's.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 
-def _config_or_path(path: Path | None, config: Path | None, sets: list[str] | None) -> Config | None:
+def _config_or_path(path: str | None, config: Path | None, sets: list[str] | None) -> Config | None:
     """None where a cache is named and no config is: then none is needed."""
     return None if path is not None and config is None and not sets else load(config, sets)
 
@@ -196,6 +196,7 @@ def cache_stats(
     path: CacheArgument = None,
     rows: Annotated[int | None, typer.Option("--rows", min=1, metavar="N", help="A random choice of N rows.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of that choice.")] = 0,
+    view: Annotated[str | None, typer.Option("--view", metavar="NAME", help="Of this further view.")] = None,
     as_json: JsonOption = False,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -205,7 +206,7 @@ def cache_stats(
     settings = _config_or_path(path, config, sets)
     from stages import cache as stage
 
-    stage.stats(stage.locate(path, settings), rows=rows, seed=seed, as_json=as_json)
+    stage.stats(stage.locate(path, settings), rows=rows, seed=seed, view=view, as_json=as_json)
 
 
 @cache_app.command("copy")
@@ -213,22 +214,31 @@ def cache_stats(
 def cache_copy(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new cache's folder.")],
     source: Annotated[
-        Path | None, typer.Option("--from", metavar="PATH", help="The cache to copy; default: the workspace's.")
+        str | None,
+        typer.Option("--from", metavar="PATH", help="The cache to copy, or its URL; default: the workspace's."),
     ] = None,
     rows: Annotated[str | None, typer.Option("--rows", metavar="A-B", help="Rows A to B, both included.")] = None,
     rows_file: Annotated[Path | None, typer.Option("--rows-file", metavar="FILE", help="A row number a line.")] = None,
     split: Annotated[str | None, typer.Option("--split", metavar="train|val", help="Rows of this split.")] = None,
     scales: Annotated[str | None, typer.Option("--scales", metavar="NAMES", help="By commas, e.g. fine,mid.")] = None,
+    views: Annotated[
+        str | None, typer.Option("--views", metavar="NAMES", help="Further views, by commas, or none; default: all.")
+    ] = None,
+    compress: Annotated[
+        str | None, typer.Option("--compress", metavar="blosc|zstd", help="Compress it; then no row can be added.")
+    ] = None,
+    level: Annotated[int | None, typer.Option("--level", metavar="N", help="blosc 0-9, zstd 1-22; default 5.")] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Copy some rows or scales into a new cache; rows keep their numbers, others are absent."""
+    """Copy some rows, scales or views into a new cache; rows keep their numbers, others are absent."""
     settings = _config_or_path(source, config, sets)
-    from stages import cache as stage
+    from stages.cache import locate
+    from stages.cache_copy import copy
 
-    place = stage.locate(source, settings)
-    stage.copy(place, out, settings, rows=rows, rows_file=rows_file, split=split, scales=scales)
+    chosen = {"rows": rows, "split": split, "scales": scales, "views": views, "compress": compress}
+    copy(locate(source, settings), out, settings, rows_file=rows_file, level=level, **chosen)
 
 
 @app.command()

@@ -28,6 +28,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     ("name", "ratios"),
     [
         ("cache_read", {"memmap/ratio_of_rate_to_memmap", "memmap/ratio_of_cpu_time_to_memmap"}),
+        ("cache_write", {"flat_files/ratio_of_rate_to_flat_files", "CacheWriter/ratio_of_rate_to_ours"}),
         ("loss", {"48/published/ratio_of_cpu_time_to_published"}),
         ("scale", {f"small/ratio_of_{kind}_rate_to_small" for kind in ("record", "captions", "cache", "memmap")}),
         ("cache_fidelity", set()),

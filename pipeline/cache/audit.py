@@ -1,6 +1,7 @@
 """Reading a whole store to see whether it is what was written: metadata, every byte of every shard, stray files.
 
 Shards are read in parallel by Dask, one task each, in blocks of a few MiB; memory does not depend on their number.
+Of remote stores and compressed copies, whose files are not ours to examine, every row is read through its codecs.
 What a stopped extraction leaves (files of a shard whose `state` was never published) is unfinished, and no damage.
 """
 
@@ -10,13 +11,18 @@ import functools
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from pipeline.cache import layout, seals
 from pipeline.cache.audit_metadata import MetadataAudit
-from pipeline.cache.audit_shard import Plan, ShardAudit, audit_shard
+from pipeline.cache.audit_plan import Plan
+from pipeline.cache.audit_shard import ShardAudit, audit_shard
 from pipeline.cache.findings import Finding, Report
+from pipeline.cache.local import RowSource
+from pipeline.cache.reader import place_of
+from pipeline.cache.remote_path import RemotePath
 from pipeline.console import progress
 from pipeline.data.manifest import Manifest
 from pipeline.data.parallel import Scheduler, run_all
@@ -24,7 +30,7 @@ from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
 
 MOVE = "move it away"
-DEEPEST = 8  # folders below the store; a layout has at most five
+DEEPEST = 8  # folders below the store; a layout has at most six
 
 
 def verify(
@@ -38,33 +44,63 @@ def verify(
     """Examine the store at `path`; whatever is wrong with it is a finding, and no finding hides another.
 
     Args:
-        manifest: compare the cache's fingerprint with this one's.
+        path: a folder, or a URL as `open_cache` takes it.
+        manifest: compare the cache's fingerprint with this one's, and the boxes of further views with its images.
         shards: read only these; metadata and the list of files are examined all the same.
         workers, scheduler: as `pipeline.data.parallel.run_all` takes them.
 
     Raises:
         PipeError: there is no cache at all.
     """
-    path = Path(path)
-    if not ((path / layout.METADATA).exists() or (path / layout.DIGEST).exists() or any(path.glob("*/zarr.json"))):
-        raise PipeError("there is no teacher cache", where=path, fix="run: pipe extract-teacher")
-    if _set_up_cut_off(path):
+    place = path if isinstance(path, Path) else place_of(path)
+    local = not isinstance(place, RemotePath)
+    if not _anything(place):
+        raise PipeError("there is no teacher cache", where=place, fix="run: pipe extract-teacher")
+    if local and _set_up_cut_off(place):
         what = "setting this cache up was cut off: pipe extract-teacher starts anew"
-        return Report(str(path), [Finding(what, layout.DIGEST, kind="unfinished")])
-    metadata = MetadataAudit(path).run()
-    plan = metadata.plan
-    report = Report(str(path), list(metadata.findings))
-    if plan is None:
+        return Report(str(place), [Finding(what, layout.DIGEST, kind="unfinished")])
+    metadata = MetadataAudit(place).run()
+    report = Report(str(place), list(metadata.findings))
+    if metadata.plan is None:
         report.notes.append("rows were not checked: nothing says any more what they look like")
         return report
-    present, strays = _inventory(plan, metadata.covered)
+    clause, wrong = _compare_manifest(metadata.header, manifest)
+    plan = replace(metadata.plan, manifest=None if wrong else manifest)
+    if not local or plan.foreign:
+        plan, scheduler = replace(plan, source=_row_source(place)), "threads"
+    present, strays = _inventory(plan, metadata.covered) if local else (_published(plan), [])
     todo = sorted(present if shards is None else present & set(shards))
     audits = _audit_shards(plan, todo, workers, scheduler)
     report.findings.extend(finding for audit in audits for finding in audit.findings)
     report.findings.extend(strays)
-    if not plan.sealed:
-        report.notes.append("without seals (of an older writer): exchanged shards would not be noticed")
-    return _with_totals(report, plan, audits, *_compare_manifest(metadata.header, manifest))
+    report.notes.extend(_notes(plan))
+    return _with_totals(report, plan, audits, clause, wrong)
+
+
+def _anything(place: Path) -> bool:
+    if (place / layout.METADATA).exists() or (place / layout.DIGEST).exists():
+        return True
+    return not isinstance(place, RemotePath) and any(place.glob("*/zarr.json"))
+
+
+def _row_source(place: Path) -> RowSource:
+    from pipeline.cache.remote import TensorStoreRows
+
+    return TensorStoreRows(place)
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What could not be looked at."""
+    notes = []
+    if plan.foreign:
+        notes.append(
+            "a compressed copy: rows were read through their codecs; without seals, exchanged shards go unnoticed"
+        )
+    elif not plan.sealed:
+        notes.append("without seals (of an older writer): exchanged shards would not be noticed")
+    if isinstance(plan.root, RemotePath):
+        notes.append("read over the network, which lists no files: stray ones and unfinished shards go unnoticed")
+    return notes
 
 
 def _set_up_cut_off(path: Path) -> bool:
@@ -102,6 +138,7 @@ def _with_totals(
         bytes_read=sum(audit.bytes_read for audit in audits),
         manifest=manifest,
         notes=report.notes,
+        repairable=plan.source is None,
     )
 
 
@@ -130,8 +167,11 @@ def _inventory(plan: Plan, covered: Collection[str]) -> tuple[set[int], list[Fin
     for name in _files(plan.root):
         if name in expected or name.split("/")[0] == layout.TEMPORARY:
             continue
-        array, *rest = name.split("/")
-        shard = int(rest[1]) if len(rest) > 1 and rest[1].isascii() and rest[1].isdigit() else -1
+        array, _, chunk = name.rpartition("/c/")
+        if array in plan.uneven:
+            continue
+        first = chunk.split("/")[0]
+        shard = int(first) if first.isascii() and first.isdigit() else -1
         if shard < 0 or name != layout.chunk_path(array, shard, dimensions.get(array, 0)):
             strays.append(Finding("a file that has no place in a cache", name, kind="stray", fix=MOVE))
         elif shard >= plan.shards:
@@ -139,6 +179,16 @@ def _inventory(plan: Plan, covered: Collection[str]) -> tuple[set[int], list[Fin
         else:
             present.add(shard)
     return present, strays
+
+
+def _published(plan: Plan) -> set[int]:
+    """The shards of a remote store that have a `state`."""
+    names = [layout.chunk_path(layout.STATE, shard, 1) for shard in range(plan.shards)]
+    try:
+        found = RemotePath(str(plan.root)).read_many(names)
+    except OSError as error:
+        raise PipeError(f"cannot read the cache: {error.strerror}", where=plan.root) from error
+    return {shard for shard, data in enumerate(found) if data is not None}
 
 
 def _files(root: Path, below: str = "", depth: int = 0) -> Iterator[str]:

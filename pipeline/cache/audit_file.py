@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache import layout
+from pipeline.cache.audit_values import impossible
 from pipeline.cache.findings import Finding, as_rows
 from pipeline.cache.layout import RowArray
 from pipeline.cache.shards import CRC_BYTES, MISSING_CHUNK, crc32c, index_bytes
@@ -33,6 +34,7 @@ class FileAudit:
         shard_rows: S.
         state: (S,) uint8; None where it cannot be believed. Slots of state 1 must have a chunk, and those of state 0
             may: while new rows are added to a shard, its `state` promises the old ones alone. All others must not.
+        sizes: (S, 2) int64, of the images; see `audit_values.impossible`.
 
     Attributes:
         findings: all of them.
@@ -42,8 +44,18 @@ class FileAudit:
         extended: whether there are chunks of rows that `state` calls absent.
     """
 
-    def __init__(self, root: Path, array: RowArray, shard: int, first: int, shard_rows: int, state: np.ndarray | None):
+    def __init__(
+        self,
+        root: Path,
+        array: RowArray,
+        shard: int,
+        first: int,
+        shard_rows: int,
+        state: np.ndarray | None,
+        sizes: np.ndarray | None = None,
+    ) -> None:
         self.root, self.array, self.shard, self.first, self.state = root, array, shard, first, state
+        self.sizes = sizes
         self.ok = None if state is None else state == layout.OK
         self.extended = False
         self.shard_rows, self.stride = shard_rows, array.row_bytes + CRC_BYTES
@@ -158,7 +170,8 @@ class FileAudit:
             self.computed[block] = [crc32c(chunk[:-CRC_BYTES]) for chunk in chunks]
             broken = self.stored[block] != self.computed[block]
             bad.setdefault("checksums do not fit", []).append(block[broken])
-            for what, where in _impossible(self.array, chunks[:, :-CRC_BYTES]):
+            sizes = None if self.sizes is None else self.sizes[block]
+            for what, where in impossible(self.array, chunks[:, :-CRC_BYTES], sizes):
                 bad.setdefault(what, []).append(block[where & ~broken])
         for what, found in bad.items():
             if len(rows := np.concatenate(found)):
@@ -184,15 +197,3 @@ def _blocks(slots: np.ndarray, offsets: np.ndarray, stride: int) -> Iterator[np.
     for run in np.split(slots, np.flatnonzero(np.diff(offsets[slots]) != stride) + 1):
         for start in range(0, len(run), most):
             yield run[start : start + most]
-
-
-def _impossible(array: RowArray, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """What no writer of ours stores: values (n, row bytes) uint8 → what is wrong, (n,) bool."""
-    typed = np.ascontiguousarray(values).view(array.dtype)
-    if array.dtype.kind == "f":
-        finite = np.isfinite(typed).all(axis=1)
-        yield "values are not finite", ~finite
-        if array.dtype.itemsize == 4:  # steps
-            yield "steps are negative", finite & (typed < 0).any(axis=1)
-    else:
-        yield "values lie outside -127..127", (typed == -128).any(axis=1)

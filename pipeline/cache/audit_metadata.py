@@ -1,29 +1,36 @@
 """Auditing what all rows of a store share: digest.json, every zarr.json, and the small arrays.
 
 Metadata is not believed, it is compared: every zarr.json with the bytes that `layout` gives for it, the digest with the
-files. Where the group's own zarr.json is damaged, the arrays' documents say what there is, so that rows are still read.
+files. Of arrays that were encoded otherwise (a compressed copy) it is compared what must hold: shape, type, checksums.
 
-Legend: R rows, S rows a shard, T tokens, K components, W the teacher's width, C width of `global`.
+Legend: R rows.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from pipeline.cache import layout, seals
-from pipeline.cache.audit_shard import Plan
+from pipeline.cache.audit_plan import (
+    OWN_SHAPE,
+    Plan,
+    array_documents,
+    borne_out,
+    group_documents,
+    plan_of_documents,
+    plan_of_header,
+)
 from pipeline.cache.findings import RESTORE, Finding
-from pipeline.cache.layout import RowArray, ScaleInfo
+from pipeline.cache.remote_path import RemotePath
 from pipeline.cache.shards import CRC_BYTES, without_crc
 from pipeline.errors import PipeError
 
-OWN_SHAPE = (layout.CALIBRATION_ROWS, layout.HELDOUT_ROWS)  # arrays whose length no attribute states
+PLACES = ("*", f"{layout.VIEWS}/*", f"{layout.VIEWS}/*/*")  # of arrays and groups below a store
 
 
 class MetadataAudit:
@@ -42,21 +49,25 @@ class MetadataAudit:
         self.covered: set[str] = {layout.METADATA}
         self.header: dict[str, Any] = {}
         self.growing: dict[str, bytes] = {}  # files that are about to be replaced by these
+        self.otherwise: set[str] = set()  # arrays whose zarr.json is sound JSON in another form than ours
 
     def run(self) -> MetadataAudit:
         self._growth()
         recorded = self._digest_file()
         listed = set(recorded["files"]) if recorded else set()
-        documents = self._documents()
+        documents = self._documents(listed)
         planned = self._plan_of_header(documents, listed)
-        expected = {} if planned is None else _expected(self.header, planned, documents, listed)
-        self._compare(expected, documents)
-        self._small_arrays(expected, planned)
+        arrays = {} if planned is None else array_documents(self.header, planned, documents, listed)
+        groups = {} if planned is None else group_documents(planned)
+        self._compare(groups | arrays, documents)
+        for name in sorted(self.otherwise - (planned.foreign if planned else set())):
+            self._note("altered (not in the form in which it was written)", f"{name}/{layout.METADATA}", name)
+        self._small_arrays(arrays, planned)
         intact = self._check_digest(recorded, listed)
-        if planned is not None and (intact or _agree(planned, expected, documents, listed)):
+        if planned is not None and (intact or borne_out(planned, arrays, documents, listed)):
             self.plan = planned
         else:
-            self.plan = _plan_of_documents(self.root, documents) or planned
+            self.plan = plan_of_documents(self.root, documents) or planned
         if not intact:  # what the attributes leave out is then not yet a stray file
             self.covered |= listed | {f"{name}/{layout.METADATA}" for name in documents}
         return self
@@ -77,7 +88,8 @@ class MetadataAudit:
         return None
 
     def _json(self, name: str, array: str | None = None) -> dict[str, Any] | None:
-        """A file's JSON object, which must be written in the store's one form; None after a finding."""
+        """A file's JSON object, which must be written in the store's one form (of an array it is asked later: other
+        programs have their own); None after a finding."""
         if (data := self._read(name, array)) is None:
             return None
         try:
@@ -87,8 +99,10 @@ class MetadataAudit:
         if not isinstance(value, dict):
             self._note("damaged (no JSON object)", name, array)
             return None
-        if not _is_canonical(value, data):
-            self._note("altered (not in the form in which it was written)", name, array)
+        if not _is_canonical(value, data) and array is not None:
+            self.otherwise.add(array)
+        elif not _is_canonical(value, data):
+            self._note("altered (not in the form in which it was written)", name)
         return value
 
     def _growth(self) -> None:
@@ -114,8 +128,8 @@ class MetadataAudit:
             self._note("altered (not a sorted list of files and their digest)", layout.DIGEST)
         return recorded if sound else None
 
-    def _documents(self) -> dict[str, dict[str, Any]]:
-        """Array → its zarr.json as it is, the group's attributes into `header`."""
+    def _documents(self, listed: set[str]) -> dict[str, dict[str, Any]]:
+        """Array or group → its zarr.json as it is, the store's own attributes into `header`."""
         group = self._json(layout.METADATA)
         if group is not None:
             attributes = group.get("attributes")
@@ -123,37 +137,29 @@ class MetadataAudit:
             if group != layout.group_document(self.header):
                 self._note("altered (not the metadata of a group)", layout.METADATA)
         found = {}
-        for file in sorted(self.root.glob(f"*/{layout.METADATA}")):
-            name = file.parent.name
+        for name in sorted(self._names(listed)):
             if (document := self._json(f"{name}/{layout.METADATA}", name)) is not None:
                 found[name] = document
         return found
 
+    def _names(self, listed: set[str]) -> set[str]:
+        """Arrays and groups that have a zarr.json; of a remote store, which lists no files, those in `listed`."""
+        if isinstance(self.root, RemotePath):
+            return {name.removesuffix(f"/{layout.METADATA}") for name in listed if name.endswith(f"/{layout.METADATA}")}
+        files = (file for place in PLACES for file in self.root.glob(f"{place}/{layout.METADATA}"))
+        return {file.parent.relative_to(self.root).as_posix() for file in files}
+
     def _plan_of_header(self, documents: Mapping[str, Any], listed: set[str]) -> Plan | None:
         """What the group's attributes say is there, or None after a finding."""
-        header = self.header
-        if not header:
+        if not self.header:
             return None
         try:
-            if header["format"] != layout.FORMAT or header["version"] != layout.VERSION:
+            if self.header["format"] != layout.FORMAT or self.header["version"] != layout.VERSION:
                 self._note(f"not a {layout.FORMAT} of version {layout.VERSION}", layout.METADATA)
-            scales = [ScaleInfo(**scale) for scale in header["scales"]]
-            arrays = tuple(layout.row_arrays(scales, header["global_width"]))
-            rows, shard_rows = header["rows"], header["shard_rows"]
-            segments = header.get("segments", [rows])  # as the cache grew
-            if segments != sorted(set(segments)) or segments[-1:] != [rows]:
-                raise ValueError
-            sizes = [rows, shard_rows, *(side for array in arrays for side in array.row_shape)]
-            sizes += [scale.width for scale in scales]
-            if not all(type(size) is int and size > 0 for size in sizes):
-                raise ValueError
-            if not {scale.dtype for scale in scales} <= set(get_args(layout.StoredDtype)):
-                raise ValueError
+            return plan_of_header(self.root, self.header, documents, listed)
         except (KeyError, TypeError, ValueError):
             self._note("altered (its attributes are not those of a teacher cache)", layout.METADATA)
             return None
-        sealed = seals.SEALS in documents or f"{seals.SEALS}/{layout.METADATA}" in listed
-        return Plan(self.root, rows, shard_rows, arrays, len(scales), sealed)
 
     def _compare(self, expected: Mapping[str, Any], documents: Mapping[str, Any]) -> None:
         """Every zarr.json against what `layout` writes."""
@@ -223,63 +229,3 @@ def _is_canonical(value: Any, data: bytes) -> bool:
         return layout.json_bytes(value) == data
     except (ValueError, RecursionError):  # NaN, half a surrogate pair
         return False
-
-
-def _expected(
-    header: Mapping[str, Any], plan: Plan, documents: Mapping[str, Any], listed: set[str]
-) -> dict[str, dict[str, Any]]:
-    """Array → zarr.json, of all arrays that the attributes ask for; an optional one where anything hints at it."""
-    float32, int64 = np.dtype("<f4"), np.dtype("<i8")
-    found = {a.name: layout.row_array_document(a, plan.rows, plan.shard_rows) for a in plan.arrays}
-    found[layout.STATE] = layout.plain_array_document((plan.rows,), (plan.shard_rows,), np.dtype("u1"), ("row",))
-    shape, chunk = (plan.shards, plan.scales), (1, plan.scales)
-    found[layout.SATURATED] = layout.plain_array_document(shape, chunk, int64, ("shard", "scale"))
-    if plan.sealed:
-        found[seals.SEALS] = seals.document(plan.arrays, plan.shards)
-    small: dict[str, tuple[tuple[int, ...], np.dtype[Any], tuple[str, ...]]] = {}
-    for scale in (ScaleInfo(**scale) for scale in header["scales"]):
-        basis = layout.basis_name(scale.name)
-        if basis in documents or f"{basis}/{layout.METADATA}" in listed or scale.components != scale.width:
-            small[basis] = ((scale.width, scale.components), float32, ("channel", "component"))
-        if scale.dtype == "int8":
-            small[layout.steps_name(scale.name)] = ((scale.components,), float32, ("component",))
-        small[layout.gram_mean_name(scale.name)] = ((scale.tokens,) * 2, float32, ("token", "token_too"))
-    small[layout.GLOBAL_MEAN] = ((header["global_width"],), float32, ("channel",))
-    for name in OWN_SHAPE:
-        own = documents.get(name, {}).get("shape")
-        length = own[0] if isinstance(own, list) and len(own) == 1 and isinstance(own[0], int) else 0
-        small[name] = ((length,), int64, ("entry",))
-    for name, (sides, dtype, axes) in small.items():
-        found[name] = layout.plain_array_document(sides, [max(side, 1) for side in sides], dtype, axes)
-    return found
-
-
-def _agree(plan: Plan, expected: Mapping[str, Any], documents: Mapping[str, Any], listed: set[str]) -> bool:
-    """Whether most arrays of rows bear the attributes out, and none of them is unknown to the digest's list."""
-    names = [*(array.name for array in plan.arrays), layout.STATE]
-    known = listed or {f"{name}/{layout.METADATA}" for name in documents}
-    fits = sum(documents.get(name) == expected[name] for name in names)
-    return 2 * fits > len(names) and all(f"{name}/{layout.METADATA}" in known for name in names)
-
-
-def _plan_of_documents(root: Path, documents: Mapping[str, Any]) -> Plan | None:
-    """What the arrays' own documents say is there; their order, and so the seals, cannot be known from them."""
-    arrays, sizes = [], Counter[tuple[int, int]]()
-    for name, document in documents.items():
-        try:
-            if document["codecs"][0]["name"] != "sharding_indexed":
-                continue
-            rows, *row_shape = document["shape"]
-            shard_rows = document["chunk_grid"]["configuration"]["chunk_shape"][0]
-            dtype = np.dtype(document["data_type"]).newbyteorder("<")
-            array = RowArray(name, tuple(row_shape), dtype, tuple(document["dimension_names"][1:]))
-            if min(rows, shard_rows, *row_shape) > 0:
-                sizes[rows, shard_rows] += 1
-                arrays.append(array)
-        except (KeyError, IndexError, TypeError, ValueError):
-            continue
-    if not arrays:
-        return None
-    (rows, shard_rows), _ = sizes.most_common(1)[0]
-    scales = sum(array.name != layout.GLOBAL and len(array.row_shape) == 2 for array in arrays)
-    return Plan(root, rows, shard_rows, tuple(arrays), scales, sealed=False)

@@ -1,4 +1,4 @@
-"""Auditing one shard: its `state`, `saturated` and `seals` chunks, and its shard files.
+"""Auditing one shard: its `state`, `saturated` and `seals` chunks, and its shard files, or rows where files are away.
 
 Legend: R rows, S rows a shard.
 """
@@ -12,41 +12,19 @@ import numpy as np
 
 from pipeline.cache import layout
 from pipeline.cache.audit_file import FileAudit
+from pipeline.cache.audit_plan import Plan
+from pipeline.cache.audit_rows import RowsAudit
 from pipeline.cache.findings import Finding, as_rows
 from pipeline.cache.layout import RowArray
-from pipeline.cache.seals import SEALS, read_seals, seal, seal_file
+from pipeline.cache.remote_path import RemotePath
+from pipeline.cache.seals import SEALS, read_seals, seal
 from pipeline.cache.shards import CRC_BYTES, without_crc
 from pipeline.errors import PipeError
 
 BEYOND = np.uint8(255)  # what stands for the state of slots behind the last row
 ADDING = "rows are being added, or that was cut off; pipe extract-teacher goes on with this shard"
+SMALL_CHUNKS = {layout.STATE: 1, layout.SATURATED: 2}  # their dimensions
 NOT_ITS_OWN = "sound, but not the file that was written here (its seal does not fit): exchanged with another?"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the metadata says that a store holds: R rows in shards of S, its sharded arrays, whether it has seals."""
-
-    root: Path
-    rows: int
-    shard_rows: int
-    arrays: tuple[RowArray, ...]
-    scales: int
-    sealed: bool
-
-    @property
-    def shards(self) -> int:
-        return -(-self.rows // self.shard_rows)
-
-    def rows_of(self, shard: int) -> int:
-        """Manifest rows of a shard; the last one has fewer."""
-        return min(self.shard_rows, self.rows - shard * self.shard_rows)
-
-    def state_file(self, shard: int) -> Path:
-        return self.root / layout.chunk_path(layout.STATE, shard, 1)
-
-    def saturated_file(self, shard: int) -> Path:
-        return self.root / layout.chunk_path(layout.SATURATED, shard, 2)
 
 
 @dataclass
@@ -61,19 +39,23 @@ class ShardAudit:
 
 def audit_shard(plan: Plan, shard: int) -> ShardAudit:
     """Examine all files of one shard that has some. Nothing in it raises: whatever is wrong is a finding."""
-    before = _content(plan.state_file(shard))
+    before = _content(state_file(plan, shard))
     if before is None:
         return _without_state(plan, shard)
     found = _Shard(plan, shard, before).run()
-    if found.findings and _content(plan.state_file(shard)) != before:  # an extraction is at work on this shard
+    if found.findings and _content(state_file(plan, shard)) != before:  # an extraction is at work on this shard
         return _without_state(plan, shard)
     return found
 
 
 def _without_state(plan: Plan, shard: int) -> ShardAudit:
-    file = str(plan.state_file(shard).relative_to(plan.root))
+    file = layout.chunk_path(layout.STATE, shard, 1)
     what = "not published: an extraction was stopped, or is at work; pipe extract-teacher writes this shard"
     return ShardAudit(shard, [Finding(what, file, layout.STATE, shard, kind="unfinished")], (0, 0, 0))
+
+
+def state_file(plan: Plan, shard: int) -> Path:
+    return plan.root / layout.chunk_path(layout.STATE, shard, 1)
 
 
 def _content(file: Path) -> bytes | None:
@@ -82,7 +64,9 @@ def _content(file: Path) -> bytes | None:
         return file.read_bytes()
     except FileNotFoundError:
         return None
-    except OSError:
+    except OSError as error:
+        if isinstance(file, RemotePath):
+            raise PipeError(f"cannot read the cache: {error.strerror}", where=file) from error
         return b""
 
 
@@ -106,24 +90,32 @@ class _Shard:
             self.found.states, self.in_part = (absent, fine, undecodable), absent > 0
             state = np.append(in_shard, np.full(self.plan.shard_rows - len(in_shard), BEYOND))
         self._saturated()
+        sizes = self.plan.image_sizes(self.shard) if self.plan.views else None
         for array in self.plan.arrays:
-            audit = FileAudit(self.plan.root, array, self.shard, self.first, self.plan.shard_rows, state).run()
+            audit = self._audit_of(array, state, sizes).run()
             self.found.findings += audit.findings
             self.found.bytes_read += audit.bytes_read
             if options := audit.sealed():
                 self.checksums[array.name] = options
             extended = extended or audit.extended
-        if self.plan.sealed:
+        if self.plan.sealed and not (self.plan.source and self.in_part):  # whether rows are being added, files say
             extended = self._seals(extended)
         if extended:
-            file = str(self.plan.state_file(self.shard).relative_to(self.plan.root))
+            file = layout.chunk_path(layout.STATE, self.shard, 1)
             self.found.findings.append(Finding(ADDING, file, layout.STATE, self.shard, kind="unfinished"))
         return self.found
 
-    def _note(self, what: str, name: str, file: Path, rows: tuple[int, ...] = ()) -> None:
-        self.found.findings.append(Finding(what, str(file.relative_to(self.plan.root)), name, self.shard, rows))
+    def _audit_of(self, array: RowArray, state: np.ndarray | None, sizes: np.ndarray | None) -> FileAudit | RowsAudit:
+        plan = self.plan
+        if plan.source is None:
+            return FileAudit(plan.root, array, self.shard, self.first, plan.shard_rows, state, sizes)
+        plain, local = array.name not in plan.foreign, not isinstance(plan.root, RemotePath)
+        return RowsAudit(plan.source, array, self.shard, self.first, state, sizes, plain=plain, local=local)
 
-    def _chunk(self, name: str, file: Path, data: bytes | None, length: int) -> bytes | None:
+    def _note(self, what: str, name: str, file: str, rows: tuple[int, ...] = ()) -> None:
+        self.found.findings.append(Finding(what, file, name, self.shard, rows))
+
+    def _chunk(self, name: str, file: str, data: bytes | None, length: int) -> bytes | None:
         """The values of a small chunk, or None after a finding."""
         if data is None:
             self._note("the file is missing", name, file)
@@ -133,7 +125,7 @@ class _Shard:
             self._note(f"{len(data):,} bytes where there should be {length + CRC_BYTES:,}", name, file)
             return None
         try:
-            body = without_crc(data, file)
+            body = without_crc(data, self.plan.root / file)
         except PipeError:
             self._note("the checksum does not fit", name, file)
             return None
@@ -141,7 +133,7 @@ class _Shard:
         return body
 
     def _state(self) -> np.ndarray | None:
-        file = self.plan.state_file(self.shard)
+        file = layout.chunk_path(layout.STATE, self.shard, 1)
         body = self._chunk(layout.STATE, file, self.state_bytes, self.plan.shard_rows)
         if body is None:
             return None
@@ -153,8 +145,8 @@ class _Shard:
         return state
 
     def _saturated(self) -> None:
-        file = self.plan.saturated_file(self.shard)
-        body = self._chunk(layout.SATURATED, file, _content(file), 8 * self.plan.scales)
+        file = layout.chunk_path(layout.SATURATED, self.shard, 2)
+        body = self._chunk(layout.SATURATED, file, _content(self.plan.root / file), 8 * self.plan.scales)
         if body is not None and (np.frombuffer(body, "<i8") < 0).any():
             self._note("negative counts", layout.SATURATED, file)
 
@@ -163,11 +155,11 @@ class _Shard:
 
         Then chunks and seals are replaced before `state` is: what it promises is the same throughout.
         """
-        file, plan = seal_file(self.plan.root, self.shard), self.plan
+        file, plan = layout.chunk_path(SEALS, self.shard, 3), self.plan
         try:
             seals = read_seals(plan.root, self.shard, plan.arrays)
         except PipeError as error:
-            what = "the file is missing" if not file.exists() else error.what
+            what = "the file is missing" if not (plan.root / file).exists() else error.what
             self._note(what, SEALS, file)
             return extended
         misfits = {
@@ -182,8 +174,8 @@ class _Shard:
             misfits -= {layout.STATE, layout.SATURATED}
         elif self.in_part and misfits == {layout.STATE}:  # the rows that are added are all undecodable
             return True
-        arrays = {array.name: array.file(plan.root, self.shard) for array in plan.arrays}
-        files = arrays | {layout.STATE: plan.state_file(self.shard), layout.SATURATED: plan.saturated_file(self.shard)}
+        arrays = {a.name: layout.chunk_path(a.name, self.shard, len(a.row_shape) + 1) for a in plan.arrays}
+        files = arrays | {name: layout.chunk_path(name, self.shard, d) for name, d in SMALL_CHUNKS.items()}
         for name in (name for name in files if name in misfits):
             self._note(NOT_ITS_OWN, name, files[name], self.ok_rows if name in arrays else ())
         return extended

@@ -36,6 +36,25 @@ INDEX_POOL = 64 * 2**20  # bytes of shard indexes that are kept
 OUR_KEYS = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
 
 
+class DamagedRows(PipeError):
+    """Rows that are missing or damaged, where everything else is well: the store could be read.
+
+    Attributes:
+        reason: in a clause without their numbers.
+    """
+
+    def __init__(self, reason: str, named: str, *, where: object, fix: str | None = None) -> None:
+        super().__init__(f"{reason}: {named}", where=where, fix=fix)
+        self.reason, self.named = reason, named
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_damaged_rows, (self.reason, self.named, self.where, self.fix))
+
+
+def _damaged_rows(reason: str, named: str, where: object, fix: str | None) -> DamagedRows:
+    return DamagedRows(reason, named, where=where, fix=fix)
+
+
 def is_plain(document: Mapping[str, Any], array: RowArray, rows: int, shard_rows: int) -> bool:
     """Whether zarr.json is our own uncompressed layout, whose shards are read without a codec."""
     expected = layout.row_array_document(array, rows, shard_rows)
@@ -57,7 +76,7 @@ def check_foreign_document(document: Mapping[str, Any], array: RowArray, rows: i
                 fix=FIX_COPY,
             )
     codecs = document.get("codecs")
-    names = _codec_names(codecs) if isinstance(codecs, list) else []
+    names = codec_names(codecs) if isinstance(codecs, list) else []
     if "crc32c" not in names:
         raise PipeError(
             f"the chunks of the array {array.name} have no checksums, so damage to them would go unnoticed",
@@ -70,13 +89,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _codec_names(codecs: Iterable[Any]) -> list[str]:
+def codec_names(codecs: Iterable[Any]) -> list[str]:
     """Names of the codecs that a chunk passes, those of the inner chunks where there are shards."""
     names: list[str] = []
     for codec in codecs:
         name = codec.get("name") if isinstance(codec, Mapping) else None
         if name == "sharding_indexed":
-            return _codec_names(codec.get("configuration", {}).get("codecs", []))
+            return codec_names(codec.get("configuration", {}).get("codecs", []))
         names.append(str(name))
     return names
 
@@ -114,11 +133,11 @@ class Chunking:
                 inner = codecs[0]["configuration"]
                 index, codecs, shape = inner.get("index_location", "end"), inner["codecs"], inner["chunk_shape"]
                 chunk_rows = shape[0]
-                known &= shape[1:] == list(array.row_shape) and _codec_names(inner["index_codecs"]) == [
+                known &= shape[1:] == list(array.row_shape) and codec_names(inner["index_codecs"]) == [
                     "bytes",
                     "crc32c",
                 ]
-            first, *others = _codec_names(codecs)
+            first, *others = codec_names(codecs)
             little = codecs[0].get("configuration", {}).get("endian", "little") == "little"
             known &= first == "bytes" and little and set(others) <= set(DECODERS) and file_rows % chunk_rows == 0
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -210,9 +229,14 @@ class ChunkRows:
             found = {file: self.indexes[file] for file in files if file in self.indexes}
         absent = [file for file in files if file not in found]
         for file, data in zip(absent, self._ranges([(file, span) for file in absent], rows), strict=True):
+            own = named_rows(rows[rows // self.chunking.file_rows == file])
             if len(data) < size:
-                raise PipeError(f"this shard was cut short: {len(data):,} bytes", where=self._file(file), fix=FIX_SHARD)
-            found[file] = np.frombuffer(without_crc(data, self._file(file)), "<u8").reshape(-1, 2)
+                what = f"this shard was cut short: {len(data):,} bytes"
+                raise DamagedRows(what, own, where=self._file(file), fix=FIX_SHARD)
+            try:
+                found[file] = np.frombuffer(without_crc(data, self._file(file)), "<u8").reshape(-1, 2)
+            except PipeError as error:
+                raise DamagedRows(error.what, own, where=error.where, fix=error.fix) from error
         with self._lock:
             for file in files:
                 self.indexes[file] = found[file]
@@ -231,8 +255,8 @@ class ChunkRows:
             lost = {file for file, _ in wanted if not self._there(file)}
             own = rows[np.isin(rows // self.chunking.file_rows, list(lost))] if lost else rows
             where = self._file(min(lost)) if lost else self.root / self.array.name
-            what = f"a file of the array {self.array.name} that `state` promises is missing: {named_rows(own)}"
-            raise PipeError(what, where=where, fix=FIX_COPY) from error
+            what = f"a file of the array {self.array.name} that `state` promises is missing"
+            raise DamagedRows(what, named_rows(own), where=where, fix=FIX_COPY) from error
         except OSError as error:
             raise PipeError(f"cannot read the cache: {error.strerror}", where=self.root / self.array.name) from error
 
@@ -245,6 +269,6 @@ class ChunkRows:
     def _file(self, file: int) -> Any:
         return self.root / layout.chunk_path(self.array.name, file, len(self.array.row_shape) + 1)
 
-    def _damaged(self, what: str, chunk: int, rows: np.ndarray) -> PipeError:
+    def _damaged(self, what: str, chunk: int, rows: np.ndarray) -> DamagedRows:
         file = chunk * self.chunking.chunk_rows // self.chunking.file_rows
-        return PipeError(f"{what}: {self.array.name}, {named_rows(rows)}", where=self._file(file), fix=FIX_SHARD)
+        return DamagedRows(what, f"{self.array.name}, {named_rows(rows)}", where=self._file(file), fix=FIX_SHARD)

@@ -1,75 +1,120 @@
-"""A compressed copy of a finished cache: the same arrays, attributes and states; chunks by Blosc or Zstd, and CRC-32C.
+"""Compressed copies of a cache: the same arrays, attributes and states; chunks by Blosc or Zstd, and CRC-32C.
 
 Quantised features hardly shrink; float16 ones do. The copy is standard Zarr v3 with standard codecs. Its zarr.json
-files differ from the source's, so its digest does too.
+files differ from the source's, so its digest does too; it has no seals, which are over the rows of plain files.
 
-Legend: S rows a shard, P rows a chunk, n rows present in a shard.
+Legend: S rows a shard, P rows a chunk, n rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pipeline.cache import layout
+from pipeline.cache import layout, seals
 from pipeline.cache.layout import RowArray
-from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.shards import MISSING_CHUNK, read_state, with_crc
-from pipeline.cache.store import publish, read_bytes, read_json
+from pipeline.cache.locks import StoreLock
+from pipeline.cache.reader import open_cache
+from pipeline.cache.shards import MISSING_CHUNK, with_crc
+from pipeline.cache.store import publish
 from pipeline.errors import PipeError
 
 Codec = Literal["blosc", "zstd"]
 LEVELS = {"blosc": range(10), "zstd": range(1, 23)}
 
 
-def compress_cache(
-    source: str | Path,
-    out: str | Path,
-    codec: Codec = "blosc",
-    level: int = 5,
-    rows_per_chunk: int = 1,
-    progress: Callable[[int], object] | None = None,
-) -> Path:
-    """Copy the cache `source` into the new folder `out`, its row arrays compressed.
-
-    Every row is checked against its CRC-32C as it is read. `digest.json` is written last: a copy that was cut off is
-    no cache. More rows a chunk compress better, but one row then costs the reading of all of them.
+@dataclass(frozen=True)
+class Compression:
+    """How chunks are compressed.
 
     Args:
         codec: "blosc" (Zstd within, bytes shuffled by significance) or "zstd".
         level: 0-9 for blosc, 1-22 for zstd.
-        rows_per_chunk: P; divides the rows of a shard.
-        progress: called with the number of rows of each shard that is done.
+        rows_per_chunk: P; divides the rows of a shard. More compress better, but one row then costs the reading of all.
 
     Raises:
-        PipeError: no cache there, a damaged row, something at `out`, or a level or P that cannot be.
+        PipeError: no such codec or level.
     """
-    if codec not in LEVELS or level not in LEVELS[codec]:
-        raise PipeError(f"no codec {codec} of level {level}", fix="blosc has levels 0 to 9, zstd 1 to 22")
-    out = Path(out)
-    cache = open_cache(source, verify=True)
-    if rows_per_chunk < 1 or cache.shard_rows % rows_per_chunk:
-        fix = f"take a divisor of {cache.shard_rows}"
-        raise PipeError(f"chunks of {rows_per_chunk} rows do not fill a shard", where=source, fix=fix)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PipeError("there is something already", where=out, fix="name a new folder, or move it away")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PipeError(f"cannot write here: {error.strerror}", where=out, fix="fix the permissions") from error
-    covered = _copy_header(cache, out, codec, level, rows_per_chunk)
-    for shard in range(cache.shards):
-        _copy_shard(cache, out, shard, codec, level, rows_per_chunk)
-        if progress is not None:
-            progress(min(cache.shard_rows, cache.rows - shard * cache.shard_rows))
-    digest = {"sha256": layout.digest_of(out, covered), "files": covered}
-    publish(out, out / layout.DIGEST, layout.json_bytes(digest))
-    if (out / layout.TEMPORARY).is_dir():
-        (out / layout.TEMPORARY).rmdir()
-    return out
+
+    codec: Codec = "blosc"
+    level: int = 5
+    rows_per_chunk: int = 1
+
+    def __post_init__(self) -> None:
+        if self.codec not in get_args(Codec) or self.level not in LEVELS[self.codec]:
+            fix = "blosc has levels 0 to 9, zstd 1 to 22"
+            raise PipeError(f"no codec {self.codec} of level {self.level}", where="--compress", fix=fix)
+
+    def contents(self, plain: Mapping[str, bytes], arrays: Mapping[str, RowArray], shard_rows: int) -> dict[str, bytes]:
+        """The metadata files of a compressed store, from those of the plain one (see `header.header_contents`).
+
+        Args:
+            arrays: of rows, by name.
+
+        Raises:
+            PipeError: P does not divide `shard_rows`.
+        """
+        if self.rows_per_chunk < 1 or shard_rows % self.rows_per_chunk:
+            fix = f"take a divisor of {shard_rows}"
+            raise PipeError(f"chunks of {self.rows_per_chunk} rows do not fill a shard", fix=fix)
+        found = {name: data for name, data in plain.items() if name.split("/")[0] != seals.SEALS}
+        for name, array in arrays.items():
+            file = f"{name}/{layout.METADATA}"
+            document = json.loads(found[file])
+            sharding = document["codecs"][0]["configuration"]
+            sharding["chunk_shape"] = [self.rows_per_chunk, *array.row_shape]
+            sharding["codecs"] = codec_documents(self.codec, self.level, array.dtype)
+            found[file] = layout.json_bytes(document)
+        return found
+
+
+class CompressedWriter:
+    """Writes the shards of a compressed store that has been set up, as `CacheWriter` does; threads may share one.
+
+    Args:
+        path: of the store.
+        lock: that this process holds on it; let go of at the end.
+        compression: the one that its metadata speaks of.
+    """
+
+    def __init__(self, path: Path, lock: StoreLock, compression: Compression) -> None:
+        cache = open_cache(path)
+        self.path, self.compression, self._lock = path, compression, lock
+        self.arrays, self.scales, self.rows, self.shard_rows = cache.arrays, cache.scales, cache.rows, cache.shard_rows
+
+    def __enter__(self) -> CompressedWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            (self.path / layout.TEMPORARY).rmdir()
+        self._lock.close()
+
+    def rows_of(self, index: int) -> range:
+        """Manifest rows of shard `index`; the last shard has fewer."""
+        return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows))
+
+    def write_shard(
+        self, index: int, arrays: Mapping[str, np.ndarray], state: np.ndarray, saturated: Mapping[str, int]
+    ) -> None:
+        """Arguments as those of `CacheWriter.write_shard`; `state` last, as there."""
+        slots, how = np.flatnonzero(state == layout.OK), self.compression
+        for array in self.arrays:
+            encode = encoder(how.codec, how.level, array.dtype)
+            values = arrays[array.name][slots]
+            parts = compressed_shard(array, values, slots, self.shard_rows, how.rows_per_chunk, encode)
+            publish(self.path, array.file(self.path, index), *parts)
+        counts = np.array([saturated.get(scale.name, 0) for scale in self.scales], "<i8")
+        publish(self.path, self.path / layout.chunk_path(layout.SATURATED, index, 2), with_crc(counts.tobytes()))
+        padded = np.zeros(self.shard_rows, np.uint8)
+        padded[: len(state)] = state
+        publish(self.path, self.path / layout.chunk_path(layout.STATE, index, 1), with_crc(padded.tobytes()))
 
 
 def codec_documents(codec: Codec, level: int, dtype: np.dtype[Any]) -> list[dict[str, Any]]:
@@ -94,39 +139,6 @@ def encoder(codec: Codec, level: int, dtype: np.dtype[Any]) -> Callable[[np.ndar
     shuffle = Blosc.SHUFFLE if dtype.itemsize > 1 else Blosc.NOSHUFFLE
     blosc = Blosc(cname="zstd", clevel=level, shuffle=shuffle, blocksize=0)
     return lambda values: bytes(blosc.encode(values))
-
-
-def _copy_header(cache: Cache, out: Path, codec: Codec, level: int, rows_per_chunk: int) -> list[str]:
-    """All metadata but digest.json, which lists the names that this returns."""
-    covered: list[str] = read_json(cache.path / layout.DIGEST)["files"]
-    arrays = {f"{array.name}/{layout.METADATA}": array for array in cache.arrays}
-    for name in covered:
-        data = read_bytes(cache.path / name)
-        if name in arrays:
-            document = read_json(cache.path / name)
-            sharding = document["codecs"][0]["configuration"]
-            sharding["chunk_shape"] = [rows_per_chunk, *arrays[name].row_shape]
-            sharding["codecs"] = codec_documents(codec, level, arrays[name].dtype)
-            data = layout.json_bytes(document)
-        publish(out, out / name, data)
-    return sorted(covered)
-
-
-def _copy_shard(cache: Cache, out: Path, shard: int, codec: Codec, level: int, rows_per_chunk: int) -> None:
-    """One shard of every array, what was cut off in it, and its states last, as the writer does."""
-    state = read_state(cache.path, shard, cache.shard_rows)
-    if state is None:
-        return
-    slots = np.flatnonzero(state == layout.OK)
-    raw = cache.read_raw(slots + shard * cache.shard_rows)
-    for array in cache.arrays if len(slots) else []:
-        encode = encoder(codec, level, array.dtype)
-        parts = compressed_shard(array, raw[array.name], slots, cache.shard_rows, rows_per_chunk, encode)
-        publish(out, array.file(out, shard), *parts)
-    for name, dimensions in ((layout.SATURATED, 2), (layout.STATE, 1)):
-        file = layout.chunk_path(name, shard, dimensions)
-        if (cache.path / file).exists():
-            publish(out, out / file, read_bytes(cache.path / file))
 
 
 def compressed_shard(

@@ -1,15 +1,16 @@
-"""Copying some rows or some scales of a cache into a new store, a valid cache of its own.
+"""Copying some rows, scales or views of a cache into a new store, a valid cache of its own, plain or compressed.
 
 Row numbers stay: cache row = manifest row in the copy too, and it has as many rows. Those that are not copied are
 absent (state 0), so that the copy serves the same manifest with `data.rows: cached`, and an extraction can fill it up.
 Values that were cut off are counted by shard: those of a shard that is copied in part do not count.
 
-Every row's checksum is compared as it is read: damage is not copied. The copy is made beside its place, in a folder
-whose name begins with a dot, and renamed into place when it is whole.
+The source may be remote or compressed. Every row's checksum is compared as it is read: damage is not copied. The copy
+is made beside its place, in a folder whose name begins with a dot, and renamed into place when it is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -21,7 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.cache import layout
-from pipeline.cache.header import SmallArrays, read_small, write_header
+from pipeline.cache.compress import CompressedWriter, Compression
+from pipeline.cache.header import SmallArrays, header_contents, publish_header, read_small
+from pipeline.cache.layout import RowArray
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
@@ -32,6 +35,8 @@ from pipeline.console import progress
 from pipeline.data.parallel import run_all
 from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
+
+BLOCK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,24 +54,30 @@ def copy_cache(
     *,
     rows: np.ndarray | None = None,
     scales: Sequence[str] | None = None,
+    views: Sequence[str] | None = None,
+    compress: Compression | None = None,
     workers: int | Literal["auto"] = "auto",
 ) -> Copied:
-    """Copy `rows` (n,) int (None: all) and `scales` (None: all) of the cache at `source` into a new one at `out`.
+    """Copy `rows` (n,) int, `scales` and further `views` (None: all) of the cache at `source` into a new one at `out`.
+
+    Args:
+        source: a folder, or a URL as `open_cache` takes it.
+        compress: how to compress the copy; None: not, so that an extraction can go on with it.
 
     Raises:
-        PipeError: `out` exists; a row or scale that the source does not have; a damaged row; disk full (nothing stays).
+        PipeError: `out` exists; a row, scale or view that the source does not have; a damaged row; disk full (nothing
+            stays).
     """
     cache, out = open_cache(source), Path(out)
     wanted = _wanted(cache, rows)
-    attributes, small = _header(cache, _known_scales(cache, scales))
+    attributes, small = _header(cache, _known("scale", cache, scales), _known("view", cache, views))
     if out.exists() or out.is_symlink():
         raise PipeError("there is something already", where=out, fix="choose another place for the copy")
-    _refuse_full_disk(cache, attributes, wanted, out)
+    _refuse_full_disk(cache, attributes, wanted, out, exact=compress is None)
     partial = out.absolute().parent / f".{out.name}.copying"
     lock = _fresh(partial)
     try:
-        write_header(partial, attributes, small)
-        with CacheWriter(partial, lock, Part()) as writer:
+        with _writer(partial, lock, attributes, small, compress) as writer:
             _copy_shards(cache, writer, wanted, workers)
         os.rename(partial, out)  # raises where somebody put a folder with files there meanwhile
         (out / layout.LOCK).unlink(missing_ok=True)
@@ -95,21 +106,38 @@ def _wanted(cache: Cache, rows: np.ndarray | None) -> np.ndarray:
     return wanted
 
 
-def _known_scales(cache: Cache, scales: Sequence[str] | None) -> list[str]:
-    """The scales asked for, in the order in which they are stored."""
-    known = [scale.name for scale in cache.scales]
-    if scales is None:
+def _known(kind: Literal["scale", "view"], cache: Cache, asked: Sequence[str] | None) -> list[str]:
+    """The scales, or further views, asked for, in the order in which they are stored; views may be none."""
+    known = cache.views if kind == "view" else [scale.name for scale in cache.scales]
+    if asked is None:
         return known
-    unknown = [name for name in scales if name not in known]
-    if unknown or not scales:
-        raise PipeError(
-            f"no scale {', '.join(unknown) or 'asked for'}; the cache has {', '.join(known)}", where=cache.path
-        )
-    return [name for name in known if name in scales]
+    unknown = [name for name in asked if name not in known]
+    if unknown or (not asked and kind == "scale"):
+        has = ", ".join(known) or f"no further {kind}s"
+        raise PipeError(f"no {kind} {', '.join(unknown) or 'asked for'}; the cache has {has}", where=cache.path)
+    return [name for name in known if name in asked]
 
 
-def _header(cache: Cache, names: list[str]) -> tuple[dict[str, Any], SmallArrays]:
-    """The attributes with only what concerns the scales `names`, and their small arrays."""
+def _writer(
+    path: Path, lock: StoreLock, attributes: dict[str, Any], small: SmallArrays, compress: Compression | None
+) -> CacheWriter | CompressedWriter:
+    """Set the new store up, and write to it."""
+    contents = header_contents(attributes, small)
+    if compress is None:
+        publish_header(path, contents)
+        return CacheWriter(path, lock, Part())
+    arrays = {array.name: array for array in _arrays(attributes)}
+    publish_header(path, compress.contents(contents, arrays, attributes["shard_rows"]))
+    return CompressedWriter(path, lock, compress)
+
+
+def _arrays(attributes: dict[str, Any]) -> list[RowArray]:
+    scales = [layout.ScaleInfo(**scale) for scale in attributes["scales"]]
+    return layout.row_arrays(scales, attributes["global_width"], attributes["views"])
+
+
+def _header(cache: Cache, names: list[str], views: list[str]) -> tuple[dict[str, Any], SmallArrays]:
+    """The attributes with only what concerns the scales `names` and the further `views`, and their small arrays."""
     attributes: dict[str, Any] = read_json(cache.path / layout.METADATA)["attributes"]
 
     def of_names(figures: dict[str, Any], *more: str) -> dict[str, Any]:
@@ -118,9 +146,12 @@ def _header(cache: Cache, names: list[str]) -> tuple[dict[str, Any], SmallArrays
     attributes["scales"] = [scale for scale in attributes["scales"] if scale["name"] in names]
     attributes["fidelity"] = of_names(attributes["fidelity"])
     losses = attributes["baseline_losses"]
-    losses |= {"gram": of_names(losses["gram"]), "rkd": of_names(losses["rkd"], layout.GLOBAL)}
+    losses |= {kind: of_names(losses[kind], layout.GLOBAL) for kind in ("gram", "rkd") if kind in losses}
     if isinstance(of_teacher := attributes["teacher"].get("scales"), list):
         attributes["teacher"]["scales"] = [scale for scale in of_teacher if scale["name"] in names]
+    attributes["views"], settings = views, attributes["settings"]
+    if of_views := [view for view in settings.pop("views", []) if view["name"] in views]:
+        settings["views"] = of_views
     kept = [layout.GLOBAL_MEAN, layout.CALIBRATION_ROWS, layout.HELDOUT_ROWS]
     for scale in (scale for scale in cache.scales if scale.name in names):
         kept.append(layout.gram_mean_name(scale.name))
@@ -133,10 +164,9 @@ def _header(cache: Cache, names: list[str]) -> tuple[dict[str, Any], SmallArrays
     return attributes, small
 
 
-def _refuse_full_disk(cache: Cache, attributes: dict[str, Any], wanted: np.ndarray, out: Path) -> None:
-    """Say that it will not fit before hours of copying."""
-    scales = [layout.ScaleInfo(**scale) for scale in attributes["scales"]]
-    arrays = layout.row_arrays(scales, attributes["global_width"])
+def _refuse_full_disk(cache: Cache, attributes: dict[str, Any], wanted: np.ndarray, out: Path, *, exact: bool) -> None:
+    """Say that it will not fit before hours of copying; how small a compressed copy gets, nobody knows before."""
+    arrays = _arrays(attributes)
     state = np.where(wanted, cache.state(), layout.ABSENT)
     shards = len(np.unique(np.flatnonzero(state != layout.ABSENT) // cache.shard_rows))
     needed = int((state == layout.OK).sum()) * sum(array.row_bytes + 4 for array in arrays)
@@ -144,7 +174,7 @@ def _refuse_full_disk(cache: Cache, attributes: dict[str, Any], wanted: np.ndarr
     folder = out.absolute().parent
     if not folder.is_dir():
         raise PipeError("there is no such folder", where=folder, fix="make it first")
-    if (free := shutil.disk_usage(folder).free) < needed:
+    if exact and (free := shutil.disk_usage(folder).free) < needed:
         raise PipeError(f"the copy takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free", where=folder)
 
 
@@ -163,11 +193,14 @@ def _fresh(partial: Path) -> StoreLock:
     return lock
 
 
-def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers: int | Literal["auto"]) -> None:
+def _copy_shards(
+    cache: Cache, writer: CacheWriter | CompressedWriter, wanted: np.ndarray, workers: int | Literal["auto"]
+) -> None:
     """Write every shard in which a row was asked for; shards without one stay absent."""
     state = np.where(wanted, cache.state(), layout.ABSENT)
     todo = np.unique(np.flatnonzero(state != layout.ABSENT) // cache.shard_rows).tolist()
-    writing = threading.Lock()
+    # A CacheWriter takes one shard at a time; compressing is work that threads can share.
+    writing = threading.Lock() if isinstance(writer, CacheWriter) else contextlib.nullcontext()
     failed: list[Exception] = []  # raised when all threads are at rest: none may write into a folder that is removed
 
     def copy(shard: int) -> int:
@@ -181,11 +214,7 @@ def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers:
         rows = writer.rows_of(shard)
         here = state[rows.start : rows.stop]
         slots = np.flatnonzero(here == layout.OK)
-        stored = cache.read_raw(rows.start + slots, verify=True)
-        arrays = {}
-        for array in writer.arrays:
-            arrays[array.name] = np.zeros((len(here), *array.row_shape), array.dtype)
-            arrays[array.name][slots] = stored.pop(array.name)
+        arrays = {array.name: _stored(cache, array, rows.start, len(here), slots) for array in writer.arrays}
         whole = np.array_equal(here, cache.state()[rows.start : rows.stop])
         saturated = cache.saturated_in(shard) if whole else {}
         with writing:
@@ -196,3 +225,16 @@ def _copy_shards(cache: Cache, writer: CacheWriter, wanted: np.ndarray, workers:
         run_all(copy, todo, workers=workers, scheduler="threads", on_done=bar.advance)
         if failed:
             raise failed[0]
+
+
+def _stored(cache: Cache, array: RowArray, first: int, count: int, slots: np.ndarray) -> np.ndarray:
+    """(count, ...) as stored, of the rows from `first` on; those not in `slots` (n,) are zeros.
+
+    In blocks of a few MiB: no server takes too long for one.
+    """
+    values = np.zeros((count, *array.row_shape), array.dtype)
+    step = max(1, BLOCK_BYTES // array.row_bytes)
+    for start in range(0, len(slots), step):
+        block = slots[start : start + step]
+        values[block] = cache.source.gather(array, first + block, True)
+    return values

@@ -58,6 +58,7 @@ class Report:
         bytes_read: of their files.
         manifest: what the comparison with the manifest said, in one clause.
         notes: what could not be checked, and is no damage.
+        repairable: whether rows can be extracted into it: a plain store on a disk.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Report:
     bytes_read: int = 0
     manifest: str = "not checked"
     notes: list[str] = field(default_factory=list)
+    repairable: bool = True
 
     @property
     def damage(self) -> list[Finding]:

@@ -85,6 +85,11 @@ def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None)
 
 def write_header(path: Path, attributes: dict[str, Any], small: SmallArrays) -> None:
     """All metadata; `digest.json` last: without it the folder is not a cache and is set up anew."""
+    publish_header(path, header_contents(attributes, small))
+
+
+def header_contents(attributes: dict[str, Any], small: SmallArrays) -> dict[str, bytes]:
+    """The files that `digest.json` covers, by name."""
     contents = _row_documents(attributes)  # the group's own comes first: by it we know an unfinished cache as ours
     for name, (values, axes) in small.items():
         chunk = tuple(max(side, 1) for side in values.shape)
@@ -92,6 +97,11 @@ def write_header(path: Path, attributes: dict[str, Any], small: SmallArrays) -> 
         contents[f"{name}/{layout.METADATA}"] = layout.json_bytes(document)
         if values.size:
             contents[layout.chunk_path(name, 0, values.ndim)] = with_crc(values.tobytes())
+    return contents
+
+
+def publish_header(path: Path, contents: Mapping[str, bytes]) -> None:
+    """Write `contents` and then the `digest.json` over them."""
     for name, data in contents.items():
         publish(path, path / name, data)
     digest = {"sha256": layout.digest_of(path, list(contents), contents), "files": sorted(contents)}

@@ -45,9 +45,12 @@ def open_cache(
     Raises:
         PipeError: no cache there, one that is not finished, of another format, or whose metadata was altered.
     """
-    # What a remote path has of pathlib's is all that is used of either.
-    place = cast(Path, RemotePath(str(path))) if "://" in str(path) else Path(path)
-    return Cache(place, verify=verify, access=access, max_open=max_open)
+    return Cache(place_of(path), verify=verify, access=access, max_open=max_open)
+
+
+def place_of(path: str | Path) -> Path:
+    """A folder, or what stands for the URL `path`: what that has of pathlib's is all that is used of either."""
+    return cast(Path, RemotePath(str(path))) if "://" in str(path) else Path(path)
 
 
 class Cache:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import layout
-from pipeline.cache.chunks import FIX_COPY, ChunkRows, check_foreign_document, is_plain
+from pipeline.cache.chunks import FIX_COPY, ChunkRows, DamagedRows, check_foreign_document, is_plain
 from pipeline.cache.kvstore import (
     TIMEOUT,
     kvstore_spec,
@@ -144,4 +144,4 @@ class TensorStoreRows:
         listed = named_rows(np.array(bad or rows))
         missing = reason.startswith("NOT_FOUND")
         what = "rows that `state` promises are missing" if missing else "damaged rows"
-        return PipeError(f"{what}: {array.name}, {listed} ({reason})", where=where, fix=FIX_SHARD)
+        return DamagedRows(what, f"{array.name}, {listed} ({reason})", where=where, fix=FIX_SHARD)

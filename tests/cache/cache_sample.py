@@ -1,4 +1,7 @@
-"""A tiny cache with one scale of every dtype: 21 rows in shards of 8, so that the last one is partial."""
+"""A tiny cache with one scale of every dtype: 21 rows in shards of 8, so that the last one is partial.
+
+`make_sample(views=...)` has further views: other features of the same rows, with a geometry of their own.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ from pipeline.cache.baselines import Baselines
 from pipeline.cache.codec import ComponentMaxima, Fidelity, ScaleCodec, SecondMoment, fit_basis, to_float16
 from pipeline.cache.layout import CacheIdentity, ScaleSpec
 from pipeline.cache.writer import CacheFit, CacheWriter
+from pipeline.data.geometry import ViewSpec
 
 ROWS, SHARD_ROWS, WIDTH, COMPONENTS, GLOBAL_WIDTH = 21, 8, 6, 4, 5
 SPECS = (ScaleSpec("fine", -1, 3), ScaleSpec("mid", 4, 2), ScaleSpec("raw", 2, 2))
 DTYPES: dict[str, layout.StoredDtype] = {"fine": "int8", "mid": "int8_token", "raw": "float16"}
 UNDECODABLE_ROWS = (3, 20)
+VIEWS = ("crop1", "crop2")
+IMAGE = (40, 30)  # width and height of each
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,21 @@ class Sample:
     fit: CacheFit
     state: np.ndarray
     features: dict[str, np.ndarray]
+    views: tuple[str, ...] = ()
 
     def stored(self, rows: range | np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
         """The rows' arrays as `write_shard` takes them, and what was cut off."""
-        index, arrays, saturated = np.asarray(rows), {}, {}
-        for name, codec in self.fit.codecs.items():
-            encoded = codec.encode(self.features[name][index])
-            arrays[name], saturated[name] = encoded.values, encoded.saturated
-            if encoded.token_steps is not None:
-                arrays[layout.steps_name(name)] = encoded.token_steps
-        arrays[layout.GLOBAL] = self.features[layout.GLOBAL][index].astype(np.float16)
+        index, arrays, saturated = np.asarray(rows), {}, dict.fromkeys(self.fit.codecs, 0)
+        for view in ("", *(layout.view_name(view, "") for view in self.views)):
+            for name, codec in self.fit.codecs.items():
+                encoded = codec.encode(self.features[view + name][index])
+                arrays[view + name] = encoded.values
+                saturated[name] += encoded.saturated
+                if encoded.token_steps is not None:
+                    arrays[view + layout.steps_name(name)] = encoded.token_steps
+            arrays[view + layout.GLOBAL] = self.features[view + layout.GLOBAL][index].astype(np.float16)
+            if view:
+                arrays[view + layout.GEOMETRY] = self.features[view + layout.GEOMETRY][index]
         return arrays, saturated
 
     def write(self, writer: CacheWriter, shards: list[int] | None = None) -> None:
@@ -55,13 +66,17 @@ class Sample:
         return replace(self.identity, **changes)
 
 
-def make_sample(seed: int = 0) -> Sample:
+def make_sample(seed: int = 0, views: tuple[str, ...] = ()) -> Sample:
     rng = np.random.default_rng(seed)
-    features = {
-        spec.name: (rng.normal(size=(ROWS, spec.tokens, WIDTH)) + rng.normal(size=WIDTH)).astype(np.float32)
-        for spec in SPECS
-    }
-    features[layout.GLOBAL] = rng.normal(size=(ROWS, GLOBAL_WIDTH)).astype(np.float32)
+    features: dict[str, np.ndarray] = {}
+    for prefix in ("", *(layout.view_name(view, "") for view in views)):
+        for spec in SPECS:
+            drawn = rng.normal(size=(ROWS, spec.tokens, WIDTH)) + rng.normal(size=WIDTH)
+            features[prefix + spec.name] = drawn.astype(np.float32)
+        features[prefix + layout.GLOBAL] = rng.normal(size=(ROWS, GLOBAL_WIDTH)).astype(np.float32)
+    for view in views:
+        drawn = [ViewSpec(view).draw(seed, row, *IMAGE) for row in range(ROWS)]
+        features[layout.view_name(view, layout.GEOMETRY)] = np.stack(drawn)
     calibration, heldout = np.arange(0, 14), np.arange(14, ROWS)
     codecs: dict[str, ScaleCodec] = {}
     for spec in SPECS:
@@ -87,7 +102,8 @@ def make_sample(seed: int = 0) -> Sample:
         teacher={"name": "toy", "weights_sha256": "ab" * 32, "mean": (0.5, 0.5, 0.5), "scales": [{"name": "fine"}]},
         view={"kind": "crop", "size": 32},
         manifest_fingerprint="cd" * 32,
-        settings={"dtype": "int8", "pca": COMPONENTS, "seed": 0},
+        settings={"dtype": "int8", "pca": COMPONENTS, "seed": 0}
+        | ({"views": [ViewSpec(view).to_json() for view in views]} if views else {}),
     )
     fit = CacheFit(
         codecs=codecs,
@@ -99,7 +115,7 @@ def make_sample(seed: int = 0) -> Sample:
     )
     state = np.full(ROWS, layout.OK, np.uint8)
     state[list(UNDECODABLE_ROWS)] = layout.UNDECODABLE
-    return Sample(identity, fit, state, features)
+    return Sample(identity, fit, state, features, views)
 
 
 def _targets(codecs: dict[str, ScaleCodec], features: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:

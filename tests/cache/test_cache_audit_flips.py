@@ -1,10 +1,11 @@
-"""1,000 single bits, flipped one after the other anywhere in a store: every one is found, and named where it lies."""
+"""Single bits, flipped one after the other anywhere in a store: every one is found, and named where it lies."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 from cache_sample import SHARD_ROWS, make_sample
 
 from pipeline.cache import layout
@@ -12,14 +13,14 @@ from pipeline.cache.audit import verify
 from pipeline.cache.reader import open_cache
 from pipeline.cache.writer import CacheWriter
 
-FLIPS, LEAST_EACH = 1000, 3
+LEAST_EACH = 3
 
 
-def chosen_bits(files: list[Path], seed: int) -> list[tuple[Path, int]]:
+def chosen_bits(files: list[Path], flips: int, seed: int) -> list[tuple[Path, int]]:
     """(file, bit): at least three a file, the rest in proportion to the files' sizes."""
     rng = np.random.default_rng(seed)
     sizes = np.array([file.stat().st_size * 8 for file in files])
-    extra = rng.multinomial(FLIPS - LEAST_EACH * len(files), sizes / sizes.sum())
+    extra = rng.multinomial(flips - LEAST_EACH * len(files), sizes / sizes.sum())
     return [
         (file, int(bit))
         for file, size, more in zip(files, sizes, extra, strict=True)
@@ -27,15 +28,18 @@ def chosen_bits(files: list[Path], seed: int) -> list[tuple[Path, int]]:
     ]
 
 
-def test_every_one_of_1000_flipped_bits_is_found_and_its_file_named(tmp_path: Path) -> None:
-    store, sample = tmp_path / "teacher.zarr", make_sample()
+@pytest.mark.parametrize(("views", "below", "count"), [((), "", 1000), (("crop1", "crop2"), "views", 500)])
+def test_every_one_of_the_flipped_bits_is_found_and_its_file_named(
+    tmp_path: Path, views: tuple[str, ...], below: str, count: int
+) -> None:
+    store, sample = tmp_path / "teacher.zarr", make_sample(views=views)
     with CacheWriter.create(store, sample.identity, sample.fit, shard_rows=SHARD_ROWS) as writer:
         sample.write(writer, [0, 2])  # a shard that is not there yet makes no difference
-    files = sorted(f for f in store.rglob("*") if f.is_file() and f.name != layout.LOCK)
+    files = sorted(f for f in (store / below).rglob("*") if f.is_file() and f.name != layout.LOCK)
     cache = open_cache(store)
     state, missed, unnamed, wrong_row = cache.state(), [], [], []
-    flips = chosen_bits(files, seed=20)
-    assert len(flips) == FLIPS
+    flips = chosen_bits(files, count, seed=20)
+    assert len(flips) == count
     assert {file for file, _ in flips} == set(files)
     for file, bit in flips:
         name, good = str(file.relative_to(store)), file.read_bytes()
@@ -50,7 +54,7 @@ def test_every_one_of_1000_flipped_bits_is_found_and_its_file_named(tmp_path: Pa
             unnamed.append((name, bit))
         array = next((a for a in cache.arrays if name.startswith(f"{a.name}/c/")), None)
         if array is not None:
-            shard = int(name.split("/")[2])
+            shard = int(name.rpartition("/c/")[2].split("/")[0])
             present = np.flatnonzero(state[shard * cache.shard_rows : (shard + 1) * cache.shard_rows] == layout.OK)
             chunk = bit // 8 // (array.row_bytes + 4)
             rows = (int(present[chunk]) + shard * cache.shard_rows,) if chunk < len(present) else ()

@@ -14,7 +14,9 @@ import zarr
 from cache_sample import ROWS, SHARD_ROWS, UNDECODABLE_ROWS
 
 from pipeline.cache import layout
-from pipeline.cache.compress import compress_cache, compressed_shard, encoder
+from pipeline.cache.audit import verify
+from pipeline.cache.compress import Compression, compressed_shard, encoder
+from pipeline.cache.copy import copy_cache
 from pipeline.cache.header import read_header, read_small
 from pipeline.cache.layout import RowArray
 from pipeline.cache.reader import open_cache
@@ -30,7 +32,8 @@ OK_ROWS = np.setdiff1d(np.arange(ROWS), UNDECODABLE_ROWS)
 def test_every_reader_finds_the_plain_stores_values(
     whole_store: Path, tmp_path: Path, codec: Any, level: int, rows_per_chunk: int
 ) -> None:
-    out = compress_cache(whole_store, tmp_path / "copy.zarr", codec, level, rows_per_chunk)
+    out, how = tmp_path / "copy.zarr", Compression(codec, level, rows_per_chunk)
+    copy_cache(whole_store, out, compress=how)
     plain = open_cache(whole_store)
     raw, source = plain.read_raw(OK_ROWS), TensorStoreRows(out)
     for array in plain.arrays:
@@ -46,24 +49,57 @@ def test_every_reader_finds_the_plain_stores_values(
         np.testing.assert_array_equal(tensorstore.open(spec, read=True).result().read().result()[OK_ROWS], wanted)
 
 
-def test_attributes_states_and_small_arrays_are_the_same_and_the_digest_fits(whole_store: Path, tmp_path: Path) -> None:
-    done: list[int] = []
-    out = compress_cache(whole_store, tmp_path / "a" / "copy.zarr", progress=done.append)
-    assert done == [8, 8, 5]
+def test_attributes_states_and_small_arrays_are_the_same_and_the_digest_fits(
+    whole_store_with_views: Path, tmp_path: Path
+) -> None:
+    whole_store, out = whole_store_with_views, tmp_path / "copy.zarr"
+    copied = copy_cache(whole_store, out, compress=Compression())
+    assert (copied.rows, copied.absent) == (ROWS - len(UNDECODABLE_ROWS), 0)
     attributes, digest, covered = read_header(out)
     plain_attributes, plain_digest, plain_covered = read_header(whole_store)
     assert attributes == plain_attributes
-    assert sorted(covered) == sorted(plain_covered)
+    assert sorted(covered) == sorted(name for name in plain_covered if not name.startswith("seals"))
     assert digest != plain_digest
     for shard in range(3):
         np.testing.assert_array_equal(read_state(out, shard, SHARD_ROWS), read_state(whole_store, shard, SHARD_ROWS))
         file = layout.chunk_path(layout.SATURATED, shard, 2)
-        assert (out / file).exists() == (whole_store / file).exists()
+        assert (out / file).read_bytes() == (whole_store / file).read_bytes()
     for name in ("fine_basis", "fine_steps", "raw_gram_mean", layout.HELDOUT_ROWS):
         np.testing.assert_array_equal(read_small(out, name), read_small(whole_store, name))
     names = {str(file.relative_to(whole_store)) for file in whole_store.rglob("*") if file.is_file()}
-    assert {str(file.relative_to(out)) for file in out.rglob("*")} >= names - {layout.LOCK}
+    expected = {name for name in names if not name.startswith("seals")} - {layout.LOCK}
+    assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == expected
     assert not (out / layout.TEMPORARY).exists()
+
+
+@pytest.mark.parametrize("codec", ["blosc", "zstd"])
+def test_compressing_and_copying_back_gives_every_byte(
+    whole_store_with_views: Path, tmp_path: Path, codec: Any
+) -> None:
+    copy_cache(whole_store_with_views, tmp_path / "small.zarr", compress=Compression(codec, rows_per_chunk=2))
+    copy_cache(tmp_path / "small.zarr", tmp_path / "plain.zarr")
+    found = {f.relative_to(tmp_path / "plain.zarr"): f.read_bytes() for f in files_of(tmp_path / "plain.zarr")}
+    assert found == {f.relative_to(whole_store_with_views): f.read_bytes() for f in files_of(whole_store_with_views)}
+
+
+def files_of(store: Path) -> list[Path]:
+    return [file for file in store.rglob("*") if file.is_file() and file.name != layout.LOCK]
+
+
+def test_rows_scales_and_views_are_chosen_and_compressed_at_once(whole_store_with_views: Path, tmp_path: Path) -> None:
+    chosen: dict[str, Any] = {"rows": np.array([2, 3, 9, 19]), "scales": ["mid", "raw"], "views": ["crop2"]}
+    copied = copy_cache(whole_store_with_views, tmp_path / "copy.zarr", compress=Compression("zstd", 3), **chosen)
+    source, cache = open_cache(whole_store_with_views), copied.cache
+    assert (cache.plain, cache.views, [s.name for s in cache.scales]) == (False, ["crop2"], ["mid", "raw"])
+    assert np.flatnonzero(cache.state()).tolist() == [2, 3, 9, 19]
+    for view in (None, "crop2"):
+        wanted = source.read_raw([19, 2, 9], view=view)
+        found = cache.read_raw([19, 2, 9], view=view)
+        assert set(wanted) - set(found) == {"fine"}
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, wanted[name])
+    assert verify(tmp_path / "copy.zarr").findings == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["copy.zarr"]
 
 
 def test_values_that_repeat_shrink_and_missing_rows_take_no_room() -> None:
@@ -82,26 +118,18 @@ def test_values_that_repeat_shrink_and_missing_rows_take_no_room() -> None:
 def test_a_damaged_row_is_not_copied(store: Path, tmp_path: Path, flip: Callable[[Path, int, int], None]) -> None:
     flip(store / "fine" / "c" / "0" / "0" / "0", 3, 2)
     with pytest.raises(PipeError, match="damaged rows"):
-        compress_cache(store, tmp_path / "copy.zarr")
-    with pytest.raises(PipeError, match="never finished"):
-        read_header(tmp_path / "copy.zarr")
+        copy_cache(store, tmp_path / "copy.zarr", compress=Compression())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["teacher.zarr"]
 
 
 def test_what_cannot_be_is_refused(whole_store: Path, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine").touch()
-    for out, options, words in (
-        ("full", {}, "something already"),
-        ("full/mine", {}, "something already"),
-        ("full/mine/deeper", {}, "cannot write here"),
-        ("new", {"codec": "gzip"}, "no codec gzip"),
-        ("new", {"level": 10}, "level 10"),
-        ("new", {"codec": "zstd", "level": 0}, "level 0"),
-        ("new", {"rows_per_chunk": 3}, "chunks of 3 rows do not fill a shard"),
-        ("new", {"rows_per_chunk": 0}, "chunks of 0 rows"),
+    for options, words in (
+        ({"codec": "gzip"}, "no codec gzip"),
+        ({"level": 10}, "level 10"),
+        ({"codec": "zstd", "level": 0}, "level 0"),
+        ({"rows_per_chunk": 3}, "chunks of 3 rows do not fill a shard"),
+        ({"rows_per_chunk": 0}, "chunks of 0 rows"),
     ):
         with pytest.raises(PipeError, match=words):
-            compress_cache(whole_store, tmp_path / out, **options)
-    assert not (tmp_path / "new").exists()
-    with pytest.raises(PipeError, match="no teacher cache"):
-        compress_cache(tmp_path / "nothing", tmp_path / "new")
+            copy_cache(whole_store, tmp_path / "new", compress=Compression(**options))
+    assert not list(tmp_path.iterdir())

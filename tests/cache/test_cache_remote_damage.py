@@ -14,7 +14,8 @@ from cache_sample import ROWS, SHARD_ROWS
 from file_server import serve
 
 from pipeline.cache import layout, remote, remote_path
-from pipeline.cache.compress import compress_cache
+from pipeline.cache.compress import Compression
+from pipeline.cache.copy import copy_cache
 from pipeline.cache.header import read_header
 from pipeline.cache.layout import RowArray
 from pipeline.cache.remote import RemotePath, TensorStoreRows, check_foreign_document
@@ -27,7 +28,8 @@ ALL = np.array([0, 1, 2, 5, 12])
 @pytest.fixture
 def copy(whole_store: Path, tmp_path: Path) -> Path:
     """A compressed copy with two rows a chunk, to damage."""
-    return compress_cache(whole_store, tmp_path / "copy.zarr", "zstd", 3, rows_per_chunk=2)
+    copy_cache(whole_store, tmp_path / "copy.zarr", compress=Compression("zstd", 3, rows_per_chunk=2))
+    return tmp_path / "copy.zarr"
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from cache_sample import ROWS, SPECS, Sample
 
 from pipeline.cache import layout
 from pipeline.cache.info import cache_info, info_lines
+from pipeline.cache.moments import effective_rank
 from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.stats import cache_stats, effective_rank, stats_lines
+from pipeline.cache.stats import cache_stats, stats_lines
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import PipeError
 

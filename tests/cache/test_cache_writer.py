@@ -308,3 +308,11 @@ def _in_child(action: object) -> int | None:
     process.start()
     process.join(60)
     return process.exitcode
+
+
+def test_a_shard_whose_images_are_all_undecodable_is_written(sample: Sample, tmp_path: Path) -> None:
+    broken = replace(sample, state=np.full(len(sample.state), layout.UNDECODABLE, np.uint8))
+    store = broken.build(tmp_path / "c")
+    assert (open_cache(store).state() == layout.UNDECODABLE).all()
+    with CacheWriter.create(store, sample.identity, sample.fit) as writer:
+        assert writer.missing == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -257,6 +258,10 @@ def test_training_reads_a_copy_with_rows_cached(cached: Path, tmp_path: Path) ->
         (["--rows-file", "nothing.txt"], "cannot read the list"),
         (["--split", "test"], "no such split"),
         (["--scales", "fine,huge"], "no scale huge; the cache has fine, mid"),
+        (["--views", "crop1"], "no view crop1; the cache has no further views"),
+        (["--compress", "gzip"], "blosc has levels"),
+        (["--compress", "zstd", "--level", "0"], "no codec zstd of level 0"),
+        (["--level", "3"], "--compress"),
     ],
 )
 def test_what_cannot_be_copied_is_one_line(cached: Path, tmp_path: Path, arguments: list[str], clause: str) -> None:
@@ -266,6 +271,74 @@ def test_what_cannot_be_copied_is_one_line(cached: Path, tmp_path: Path, argumen
     assert done.stderr.count("error: ") == 1
     assert clause in done.stderr
     assert not (tmp_path / "copy.zarr").exists()
+
+
+@pytest.mark.parametrize("options", [["blosc"], ["zstd", "--level", "9"]])
+def test_a_compressed_copy_is_read_verified_and_not_repaired(cached: Path, options: list[str]) -> None:
+    done = pipe("copy", "copy.zarr", "--rows", "3-30", "--scales", "mid", "--compress", *options)
+    assert done.exit_code == 0, done.output
+    cache, source = open_cache("copy.zarr"), open_cache(cached)
+    assert (cache.plain, cache.rows) == (False, ROWS)
+    np.testing.assert_array_equal(cache.read_raw([30, 3])["mid"], source.read_raw([30, 3])["mid"])
+    sharding = json.loads(Path("copy.zarr/mid/zarr.json").read_text())["codecs"][0]["configuration"]
+    assert sharding["codecs"][1]["name"] == options[0]
+    assert 9 in sharding["codecs"][1]["configuration"].values() or options == ["blosc"]
+    assert "note            a compressed copy" in pipe("verify", "copy.zarr").stdout
+    assert "encoded otherwise" in pipe("info", "copy.zarr").stdout
+    assert pipe("stats", "copy.zarr").exit_code == 0
+    flip(Path("copy.zarr/mid/c/2/0/0"))
+    done = pipe("verify", "copy.zarr")
+    assert done.exit_code == 1
+    assert "damage: mid/c/2/0/0 (shard 2): damaged rows; 1 row: 16" in done.stdout
+    assert "--repair" not in done.stdout
+    damaged = store_bytes(Path("copy.zarr"))
+    done = pipe("verify", "copy.zarr", "--repair", "--config", "pipe.yaml")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "which is not repaired, copy.zarr; copy it again from the plain one" in done.stderr
+    assert store_bytes(Path("copy.zarr")) == damaged
+
+
+def test_a_url_is_a_cache_too(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "cache"))
+    with importlib.import_module("file_server").serve(cached.parent) as server:
+        url = f"{server.url}/teacher.zarr"
+        assert pipe("info", url).stdout.splitlines()[0] == f"cache      {url}"
+        assert json.loads(pipe("stats", url, "--rows", "5", "--json").stdout)["rows"] == 5
+        assert "sound" in pipe("verify", url).stdout
+        assert "the same rows" in pipe("verify", url, "--config", "pipe.yaml").stdout
+        assert "a remote cache is not repaired from here" in pipe("verify", url, "--repair").stderr
+        done = pipe("copy", "copy.zarr", "--from", url, "--rows", "0-9")
+        assert done.exit_code == 0, done.output
+        assert np.flatnonzero(open_cache("copy.zarr").state()).tolist() == list(range(10))
+        server.status = 500
+        done = pipe("verify", url)
+    assert (done.exit_code, done.stderr.count("error: ")) == (1, 1)
+    assert "500" in done.stderr
+
+
+def test_views_are_extracted_verified_repaired_and_chosen(tiny_stage_one: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_stage_one / "workspace", tmp_path / "workspace")
+    text = (tiny_stage_one / "pipe.yaml").read_text()
+    (tmp_path / "pipe.yaml").write_text(text)
+    shutil.rmtree(tmp_path / "workspace" / "teacher.zarr")
+    sets = ["--config", str(tmp_path / "pipe.yaml"), "--set", "teacher.views=[{name: crop1}, {name: crop2, flip: 1}]"]
+    config = load_config(tmp_path / "pipe.yaml", sets=[f"workspace={tmp_path / 'workspace'}", sets[-1]])
+    extract_teacher.run(config)
+    sets += ["--set", f"workspace={tmp_path / 'workspace'}"]
+    cache = Workspace(config.workspace).teacher
+    before = store_bytes(cache)
+    assert "sound" in pipe("verify", *sets).stdout
+    geometry = cache / "views/crop1/geometry/c/0/0"
+    flip(geometry)
+    done = pipe("verify", *sets, "--repair")
+    assert done.exit_code == 0, done.output
+    assert store_bytes(cache) == before
+    assert json.loads(pipe("stats", *sets, "--view", "crop2", "--json").stdout)["geometry"]["mirrored"] == 1
+    assert "view       crop2: " in pipe("info", *sets).stdout
+    for names, kept in (("crop2", ["crop2"]), ("none", [])):
+        copy = tmp_path / f"{names}.zarr"
+        assert pipe("copy", str(copy), *sets, "--views", names).exit_code == 0
+        assert open_cache(copy).views == kept
 
 
 def test_an_existing_copy_is_left_alone(cached: Path, tmp_path: Path) -> None:
