@@ -15,7 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from train_runs import losses, run, spoil
 
-from pipeline.cache.compress import compress_cache
+from pipeline.cache.compress import Compression
+from pipeline.cache.copy import copy_cache
 from pipeline.config import load_config
 from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace, read_json
@@ -87,7 +88,7 @@ def test_how_the_cache_is_read_changes_nothing(folder):
 
 def test_a_compressed_copy_elsewhere_trains_the_same(folder, tmp_path):
     plain = run(folder, name="plain")
-    compress_cache(folder / "workspace" / "teacher.zarr", tmp_path / "small.zarr", codec="zstd")
+    copy_cache(folder / "workspace" / "teacher.zarr", tmp_path / "small.zarr", compress=Compression("zstd"))
     shutil.rmtree(folder / "workspace" / "teacher.zarr")
     there = tmp_path / "small.zarr"
     assert losses(run(folder, name="a", sets=[f"data.cache={there}"])) == losses(plain)
