@@ -1,4 +1,4 @@
-"""Features that `cache_fidelity.py` stores: drawn here, and of networks on photographs.
+"""Features that `cache_fidelity.py` stores, drawn here and of networks on photographs; `roi.py` has the networks too.
 
 Legend: n images, T = grid² tokens, C channels.
 """
@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from pipeline.cache.layout import GLOBAL, ScaleSpec
+
+if TYPE_CHECKING:
+    from pipeline.teacher.teacher import Teacher
 
 Features = dict[str, np.ndarray]  # scale → (n, T, C) float32
 
@@ -51,49 +56,62 @@ def synthetic(images: int, width: int, grids: dict[str, int], seed: int = 0) -> 
     return found
 
 
-def photographs(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
-    """(up to 64, size, size, 3) uint8 at a time, `count` in all: the first of the tars' photographs."""
-    from PIL import Image
-
-    from pipeline.data.views import View
-
-    view, waiting, seen = View("crop", size), [], 0
+def images_of(folder: Path, count: int) -> Iterator[Image.Image]:
+    """The first `count` photographs of the tars, RGB."""
+    seen = 0
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 if seen < count and member.name.endswith((".jpg", ".png")):
                     data = tar.extractfile(member)
                     assert data is not None
-                    waiting.append(np.asarray(view(Image.open(io.BytesIO(data.read())))))
+                    yield Image.open(io.BytesIO(data.read())).convert("RGB")
                     seen += 1
-                if len(waiting) == BATCH or (waiting and seen == count):
-                    yield np.stack(waiting)
-                    waiting = []
+
+
+def photographs(folder: Path, count: int, size: int) -> Iterator[np.ndarray]:
+    """(up to 64, size, size, 3) uint8 at a time, `count` in all: the first of the tars' photographs."""
+    from pipeline.data.views import View
+
+    view, waiting = View("crop", size), []
+    for image in images_of(folder, count):
+        waiting.append(np.asarray(view(image)))
+        if len(waiting) == BATCH:
+            yield np.stack(waiting)
+            waiting = []
     if waiting:
         yield np.stack(waiting)
+
+
+def mobilenet(folder: Path, scales: Sequence[ScaleSpec]) -> Teacher:
+    """The trained MobileNetV2 of `folder`, at 224 pixels."""
+    from pipeline.teacher.teacher import load_teacher
+
+    return load_teacher(
+        "mobilenetv2_100",
+        model_args={"num_classes": 1001, "pad_type": "same"},
+        checkpoint=folder / "teacher" / "mobilenetv2_100.tf_in1k.fp16.safetensors",
+        image_size=224,
+        scales=scales,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+
+
+def random_dinov3(scales: Sequence[ScaleSpec]) -> Teacher:
+    """timm's DINOv3 ViT-S with every parameter random, at 224 pixels."""
+    from pipeline.teacher.teacher import load_teacher
+
+    teacher = load_teacher("vit_small_patch16_dinov3_qkvb", random_weights=True, image_size=224, scales=scales)
+    randomise(teacher)
+    return teacher
 
 
 def real(folder: Path, images: int) -> dict[str, Features]:
     """Features of the photographs below `folder` by the two networks."""
     import torch
 
-    from pipeline.teacher.teacher import load_teacher
-
-    networks = {
-        "mobilenet": load_teacher(
-            "mobilenetv2_100",
-            model_args={"num_classes": 1001, "pad_type": "same"},
-            checkpoint=folder / "teacher" / "mobilenetv2_100.tf_in1k.fp16.safetensors",
-            image_size=224,
-            scales=SMALL_YAML,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        ),
-        "dinov3 random": load_teacher(
-            "vit_small_patch16_dinov3_qkvb", random_weights=True, image_size=224, scales=VIT_SCALES
-        ),
-    }
-    _randomise(networks["dinov3 random"])
+    networks = {"mobilenet": mobilenet(folder, SMALL_YAML), "dinov3 random": random_dinov3(VIT_SCALES)}
     parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in networks}
     for pixels in photographs(folder / "flickr8k" / "train", images, 224):
         for name, network in networks.items():
@@ -105,7 +123,7 @@ def real(folder: Path, images: int) -> dict[str, Features]:
     }
 
 
-def _randomise(network: object, seed: int = 0) -> None:
+def randomise(network: object, seed: int = 0) -> None:
     """Every parameter drawn anew: as created, DINOv3's layer scale of 1e-5 leaves little but the patch embedding."""
     import torch
 

@@ -23,33 +23,6 @@ class Section(BaseModel):
 Source = Annotated[str, Field(min_length=1)]  # an empty one would read as the current folder
 
 
-class DataConfig(Section):
-    source: Source | None = None
-    val_source: Source | None = None
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    view: Literal["crop", "squash"] = "crop"
-    rows: Literal["all", "cached"] = "all"
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    shuffle: Literal["full", "shards"] = "full"
-    shuffle_buffer: Positive = 8  # shards that `shuffle: shards` mixes
-    cache: Source | None = None  # the teacher cache to read, a folder or a URL; null: workspace/teacher.zarr
-    cache_access: Literal["auto", "map", "read"] = "auto"  # auto: positioned reads on network disks, else memory maps
-    permute_targets: bool = False  # the control `shuffled-cache`
-
-
-class ScaleConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    layer: int
-    grid: Positive
-
-    @field_validator("name")
-    @classmethod
-    def _not_reserved(cls, name: str) -> str:
-        if name in {"global", "state"} or name.endswith(("_steps", "_basis", "_mean")):
-            raise ValueError("this name is used by the cache itself")
-        return name
-
-
 Interval = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
@@ -64,10 +37,55 @@ Area = Annotated[tuple[OneShare, OneShare], AfterValidator(_ascending)]
 
 
 class CropConfig(Section):
-    """How boxes are drawn: the share of the image's pixels, and the ratio of width to height."""
+    """How boxes are drawn: the share of the picture's area, and the ratio of width to height."""
 
     area: Area = (0.5, 1.0)
     aspect: Annotated[Interval, AfterValidator(_ascending)] = (0.75, 1.3333)
+
+
+class RoiConfig(CropConfig):
+    """Crops of the view that everyone has, another one in every epoch; see data.roi."""
+
+    area: Area = (0.3, 1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flips(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "flip" in values:
+            raise ValueError("a mirrored map is not the map of the mirrored image: flips are for teacher.views")
+        return values
+
+
+class DataConfig(Section):
+    source: Source | None = None
+    val_source: Source | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    view: Literal["crop", "squash"] = "crop"
+    rows: Literal["all", "cached"] = "all"
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    shuffle: Literal["full", "shards"] = "full"
+    shuffle_buffer: Positive = 8  # shards that `shuffle: shards` mixes
+    cache: Source | None = None  # the teacher cache to read, a folder or a URL; null: workspace/teacher.zarr
+    cache_access: Literal["auto", "map", "read"] = "auto"  # auto: positioned reads on network disks, else memory maps
+    permute_targets: bool = False  # the control `shuffled-cache`
+    roi: RoiConfig | None = None  # crops of the one stored view, with targets that are approximate
+
+
+# Arrays that every cache has.
+TAKEN = {"global", "state", "saturated", "seals", "calibration_rows", "heldout_rows", "views", "geometry"}
+
+
+class ScaleConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    layer: int
+    grid: Positive
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, name: str) -> str:
+        if name in TAKEN or name.endswith(("_steps", "_basis", "_mean")):
+            raise ValueError("this name is used by the cache itself")
+        return name
 
 
 class ViewConfig(CropConfig):
@@ -219,6 +237,12 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     loss: LossConfig = LossConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_crop(self) -> Config:
+        if self.data.roi is not None and self.teacher.views:
+            raise ValueError("data.roi and teacher.views exclude each other: crops of one view, or several stored ones")
+        return self
 
     def dump(self) -> dict[str, Any]:
         """Plain JSON-able values under the YAML's own names."""

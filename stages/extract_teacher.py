@@ -12,6 +12,7 @@ from pipeline.cache.part import Part
 from pipeline.cache.reader import open_cache
 from pipeline.config import Config
 from pipeline.console import log
+from pipeline.data import roi
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace
@@ -107,6 +108,8 @@ def _report(done: Extraction) -> list[str]:
         f"rows            {rows['ok']:,} ok, {rows['undecodable']:,} undecodable, {rows['absent']:,} absent",
         f"bytes an image  {figures['bytes_per_image']:,}",
     ]
+    for view in done.cache.settings.get("views", []):
+        lines.append(f"view            {_view(view)}")
     if done.rows:
         lines.append(f"this run        {done.rows:,} rows, {done.rows / max(done.seconds, 1e-9):,.1f} rows/s")
     lines.append("")
@@ -122,4 +125,13 @@ def _report(done: Extraction) -> list[str]:
     rkd = ", ".join(f"{name} {baselines['rkd'][name]:.5f}" for name in names)
     lines.append("")
     lines.append(f"image-independent baselines: relational {rkd}; global {baselines['global']:.5f}")
+    if done.cache.roi_cosine:
+        lines.append(f"crops of stored maps (data.roi) are approximate: cosine {roi.described(done.cache.roi_cosine)}")
     return lines
+
+
+def _view(view: dict[str, Any]) -> str:
+    """A further view in a line: `crop: 0.4 to 1 of the area, aspect 0.75 to 1.3333, 50 % mirrored`."""
+    (least, most), (narrow, wide) = view["area"], view["aspect"]
+    mirrored = f"{100 * view['flip']:g} % mirrored"
+    return f"{view['name']}: {least:g} to {most:g} of the area, aspect {narrow:g} to {wide:g}, {mirrored}"

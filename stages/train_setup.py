@@ -249,12 +249,25 @@ def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
         preprocess,
         model.trunk.tokenizer,
         cache=data.cache,
+        roi=_roi(config, data.cache),
         target_rows=target_rows,
         seed=config.train.seed,
         views=config.teacher.view_specs,
         view_seed=config.teacher.seed,
     )
     return {"train": dataset, "val": dataset}
+
+
+def _roi(config: Config, cache: Cache | None) -> Any:
+    """How crops of the one view are drawn, None for none; says what their targets are worth."""
+    from pipeline.data import roi
+
+    asked = config.data.roi
+    if asked is None:
+        return None
+    if cache is not None:
+        log.warning("targets of crops are approximate: cosine %s to the teacher's own", roi.described(cache.roi_cosine))
+    return roi.RoiSpec(asked.area, asked.aspect)
 
 
 def _settings(config: Config, plan: Any) -> Any:

@@ -32,6 +32,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         ("loss", {"48/published/ratio_of_cpu_time_to_published"}),
         ("scale", {f"small/ratio_of_{kind}_rate_to_small" for kind in ("record", "captions", "cache", "memmap")}),
         ("cache_fidelity", set()),
+        ("roi", set()),
     ],
 )
 def test_quick_run_prints_one_table_and_writes_the_documented_json(tmp_path: Path, name: str, ratios: set[str]) -> None:
@@ -50,7 +51,8 @@ def test_quick_run_prints_one_table_and_writes_the_documented_json(tmp_path: Pat
     assert found["machine"] in done.stdout
     assert all(isinstance(value, float) for value in found["figures"].values())
     assert all(found["figures"][ratio] == 1 for ratio in ratios)
-    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]  # its stores are gone
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor_")}  # PyTorch's own
+    assert left == {"figures.json"}  # its stores are gone
 
 
 @pytest.mark.parametrize("benchmark", ["cache_read"], indirect=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class CacheFit:
         calibration_rows, heldout_rows: int64 manifest rows that were fitted on and scored on.
         baselines: `<scale>_gram_mean` (T, T) and `global_mean` (C,).
         baseline_losses, fidelity: JSON-able figures (see `baselines` and `codec.Fidelity`).
+        roi_cosine: scale (and "global") → share of the area → cosine of stored maps, resampled over crops, to the
+            teacher's own of these crops (see data.roi).
     """
 
     codecs: Mapping[str, ScaleCodec]
@@ -40,6 +42,7 @@ class CacheFit:
     baselines: Mapping[str, np.ndarray]
     baseline_losses: Mapping[str, Any]
     fidelity: Mapping[str, Any]
+    roi_cosine: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None) -> tuple[dict[str, Any], SmallArrays]:
@@ -63,17 +66,19 @@ def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None)
     small[layout.GLOBAL_MEAN] = (fit.baselines[layout.GLOBAL_MEAN].astype("<f4"), ("channel",))
     small[layout.CALIBRATION_ROWS] = (fit.calibration_rows.astype("<i8"), ("entry",))
     small[layout.HELDOUT_ROWS] = (fit.heldout_rows.astype("<i8"), ("entry",))
-    arrays = layout.row_arrays(infos, identity.global_width)
+    views = [view["name"] for view in identity.settings.get("views", [])]
+    arrays = layout.row_arrays(infos, identity.global_width, views)
     row_bytes = sum(array.row_bytes for array in arrays)
     attributes = identity.to_json() | {
         "format": layout.FORMAT,
         "version": layout.VERSION,
         "segments": [identity.rows],
-        "views": [view["name"] for view in identity.settings.get("views", [])],
+        "views": views,
         "shard_rows": shard_rows or layout.auto_shard_rows(row_bytes, identity.rows),
         "scales": [asdict(info) for info in infos],
         "baseline_losses": dict(fit.baseline_losses),
         "fidelity": dict(fit.fidelity),
+        "roi_cosine": {name: dict(of) for name, of in fit.roi_cosine.items()},
     }
     return attributes, small
 
@@ -217,6 +222,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], str, list[str]]:
         )
     header.setdefault("segments", [header["rows"]])  # caches made before they could grow
     header.setdefault("views", [])
+    header.setdefault("roi_cosine", {})  # not measured by older extractions
     return header, str(recorded["sha256"]), files
 
 

@@ -11,6 +11,7 @@ import os
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.cache.layout import RowArray
 from pipeline.cache.shards import CRC_BYTES, FIX_SHARD, RowOffsets, States, crc32c, open_shard, refuse_damaged
 from pipeline.errors import PipeError
 
+WANTED_FILES = 32768
 READS_AT_ONCE = 16  # what hides the latency of a network disk
 
 
@@ -40,7 +42,7 @@ class PositionedShards:
 
     Args:
         states: which rows are there, and how many a shard has.
-        max_open: files open at once; the one used longest ago makes room. Default a quarter of the system's limit.
+        max_open: files open at once; the one used longest ago makes room. Default half of what the system allows.
     """
 
     def __init__(self, root: Path, states: States, *, max_open: int | None = None) -> None:
@@ -131,6 +133,12 @@ class PositionedShards:
 
 
 def _default_open() -> int:
-    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = 16384
-    return most if open_files == resource.RLIM_INFINITY else min(most, max(64, open_files // 4))
+    """Half of the files that this process may open, after asking for more: a cache has thousands, and to open one anew
+    on a network disk costs more than a row."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # some systems have a lower limit of their own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return max(64, (WANTED_FILES if soft == resource.RLIM_INFINITY else soft) // 2)

@@ -40,7 +40,7 @@ def open_cache(
         path: a folder, or a URL (s3://, gs://, http://, https://, or a scheme of fsspec's).
         verify: check every row's CRC-32C at each read (each shard's index is always checked when it is opened).
         access: "map": memory maps; "read": positioned reads, for network disks; "auto": by the kind of disk.
-        max_open: shard files open at once; default a quarter of the open-file limit.
+        max_open: shards mapped or open at once; default as many as the system takes well.
 
     Raises:
         PipeError: no cache there, one that is not finished, of another format, or whose metadata was altered.
@@ -68,6 +68,7 @@ class Cache:
         baselines: `<scale>_gram_mean` (T, T) and `global_mean` (C,), float32.
         baseline_losses: {"gram": {scale: x}, "rkd": {scale: x, "global": x}, "global": x}.
         fidelity: what is lost against the raw teacher, per scale, on held-out rows.
+        roi_cosine: scale → share of the area → cosine of a resampled map to the teacher's of that crop; {} if unknown.
         calibration_rows, heldout_rows: int64.
     """
 
@@ -87,6 +88,7 @@ class Cache:
         self.segments: list[int] = header["segments"]
         self.baseline_losses: dict[str, Any] = header["baseline_losses"]
         self.fidelity: dict[str, Any] = header["fidelity"]
+        self.roi_cosine: dict[str, dict[str, float]] = header["roi_cosine"]
         self.views: list[str] = header["views"]
         self.arrays = layout.row_arrays(self.scales, self.global_width, self.views)
         self._by_view = {view: self._arrays_of(view) for view in (None, *self.views)}

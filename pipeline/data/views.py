@@ -50,18 +50,37 @@ class View:
         if self.kind == "squash":
             return _resize(image, self.size, self.size)
         width, height = image.size
-        short, long = min(width, height), max(width, height)
-        long_after = int(self.size * long / short)
-        offset = round((long_after - self.size) / 2.0)
-        lies = width > height
-        if long > LONGEST_RATIO * short:
-            scale = long / long_after
-            start, end = offset * scale, (offset + self.size) * scale
-            box = (start, 0.0, end, float(height)) if lies else (0.0, start, float(width), end)
+        if max(width, height) > LONGEST_RATIO * min(width, height):
+            box = self.window(width, height)
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+        long_after, offset = self._centre(width, height)
+        lies = width > height
         resized = _resize(image, long_after, self.size) if lies else _resize(image, self.size, long_after)
         left, top = (offset, 0) if lies else (0, offset)
         return resized.crop((left, top, left + self.size, top + self.size))
+
+    def _centre(self, width: int, height: int) -> tuple[int, int]:
+        """The longer side once the shorter one is `size`, and where along it the window begins; whole pixels."""
+        long_after = int(self.size * max(width, height) / min(width, height))
+        return long_after, round((long_after - self.size) / 2.0)
+
+    def window(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1): what of an image the view shows, in pixels of the image."""
+        if self.kind == "squash":
+            return 0.0, 0.0, float(width), float(height)
+        long_after, offset = self._centre(width, height)
+        scale = max(width, height) / long_after
+        start, end = offset * scale, (offset + self.size) * scale
+        return (start, 0.0, end, float(height)) if width > height else (0.0, start, float(width), end)
+
+    def part(self, image: Image.Image, box: Sequence[float]) -> Image.Image:
+        """A box (x0, y0, x1, y1) of the view, in fractions of its square, from the image at full resolution: RGB,
+        `size` x `size` (bicubic, antialiased)."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        x0, y0, x1, y1 = self.window(*image.size)
+        left, right = (min(x0 + float(share) * (x1 - x0), image.width) for share in (box[0], box[2]))
+        top, bottom = (min(y0 + float(share) * (y1 - y0), image.height) for share in (box[1], box[3]))
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -96,9 +115,19 @@ class Preprocess:
         if min(self.std) <= 0:
             raise PipeError("std must be positive", where=str(self.std))
 
-    def __call__(self, image: Image.Image, geometry: np.ndarray | None = None) -> Tensor:
-        """`geometry` (5,): another view, replayed (see data.geometry); None: the view that everyone has."""
-        seen = self.view(image) if geometry is None else replay(image, geometry, self.view.size)
+    def __call__(
+        self, image: Image.Image, geometry: np.ndarray | None = None, *, box: np.ndarray | None = None
+    ) -> Tensor:
+        """The view that everyone has, or another one.
+
+        Args:
+            geometry: (5,), a further view to replay (see data.geometry).
+            box: (4,), a part of the view that everyone has (see data.roi).
+        """
+        if geometry is not None:
+            seen = replay(image, geometry, self.view.size)
+        else:
+            seen = self.view(image) if box is None else self.view.part(image, box.tolist())
         return to_tensor(seen, self.mean, self.std)
 
     def to_json(self) -> dict[str, Any]:

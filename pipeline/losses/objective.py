@@ -131,7 +131,8 @@ class Objective(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised for the trunk. tokens: (B, L).
-            targets: the teacher's rows as the cache stores them; None without distillation.
+            targets: the teacher's rows as the cache stores them, and the boxes of crops (see `Targets.forward`); None
+                without distillation. Baselines are those of whole views, in either case.
             progress: share of training done, in [0, 1].
 
         Returns:

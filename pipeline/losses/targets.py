@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.console import log
+from pipeline.data.roi import BOXES, resample
 from pipeline.errors import PipeError
 
 if TYPE_CHECKING:
@@ -67,10 +68,12 @@ class Targets(nn.Module):
             self.register_buffer(f"steps_{name}", info.steps.get(name), persistent=False)
 
     def forward(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """stored: scale (B, T, K) int8 or float16, "<scale>_steps" (B, T) where per token, "global" (B, C) float16.
+        """stored: scale (B, T, K) int8 or float16, "<scale>_steps" (B, T) where per token, "global" (B, C) float16;
+                where the images are crops of the view that was stored, their boxes (B, 4) float32 under data.roi.BOXES.
 
         Returns:
-            scale → (B, T, K) float32, "global" → (B, C) float32.
+            scale → (B, T, K) float32, resampled over the boxes if there are any; "global" → (B, C) float32, always of
+            the stored view: a vector cannot be resampled.
 
         Raises:
             PipeError: the batch lacks a scale, or the steps of an int8 one.
@@ -90,4 +93,6 @@ class Targets(nn.Module):
                 values[name] = values[name] * steps
             elif stored[name].dtype == torch.int8:
                 raise PipeError("int8 targets came without their steps", where=f"scale {name}", fix="extract it again")
+            if BOXES in stored:
+                values[name] = resample(values[name], stored[BOXES])
         return values

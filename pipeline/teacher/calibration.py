@@ -8,6 +8,7 @@ and the steps before the baselines. Memory is independent of the number of rows.
     2. maxima of their coefficients (int8 only)        → steps
     3. their dequantised coefficients                  → baselines
     4. the held-out rows' dequantised coefficients     → the baselines' losses, fidelity against the raw features
+    5. crops of a few held-out images                  → how far a stored map, resampled over a crop, can stand for it
 
 Legend: n rows of a block, T tokens, C channels, K components.
 """
@@ -20,22 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.cache.baselines import Baselines
 from pipeline.cache.codec import ComponentMaxima, Fidelity, ScaleCodec, SecondMoment, fit_basis, to_float16
 from pipeline.cache.layout import GLOBAL, StoredDtype
 from pipeline.cache.writer import CacheFit
 from pipeline.console import log
+from pipeline.data.roi import SHARES, cosines, probes, resample
 from pipeline.errors import PipeError
 
 CALIBRATION_SHARE = 0.8
 HELDOUT_SHARE = 1 / 8  # of the calibration's number, within the following bounds
 HELDOUT_ROWS = (256, 1024)  # one block of relational distances at least
 LEAST_HELDOUT = 2  # relational distances need a pair
+CROPPED_ROWS = (8, 32)  # held-out rows whose crops are looked at: one in 100 of all rows, within these bounds
 BLOCK_BYTES = 64 * 2**20
 
 Features = dict[str, np.ndarray]  # scale → (n, T, C) float32, "global" → (n, C) float32
 FeatureStream = Callable[[np.ndarray], Iterator[tuple[np.ndarray, Features]]]  # rows → (decodable rows, their features)
+Crops = Callable[[int, np.ndarray], Features]  # row, boxes (m, 4) → features of these crops of it, m for n
 
 
 def choose_rows(train_rows: np.ndarray, calibration_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +116,8 @@ def calibrate(
     pca: int | None,
     dtype: StoredDtype,
     folder: Path,
+    crops: Crops | None = None,
+    seed: int = 0,
 ) -> CacheFit:
     """Fit on `calibration` rows, measure on `heldout` rows; rows that cannot be decoded drop out of both.
 
@@ -120,6 +127,8 @@ def calibrate(
         pca: components to keep, at most C; None keeps all channels as they are.
         dtype: how coefficients are stored.
         folder: where the temporary files go.
+        crops: the teacher's features of crops of a row; None: how far maps resample is not measured.
+        seed: of these crops.
 
     Raises:
         PipeError: too few rows can be decoded, features are not finite, or the disk is full.
@@ -142,8 +151,10 @@ def calibrate(
         if dtype == "int8":
             codecs = _with_steps(codecs, fitted)
         baselines, fidelity = _measure(codecs, fitted, held)
+        cropped = scored[: min(max((len(used) + len(scored)) // 100, CROPPED_ROWS[0]), CROPPED_ROWS[1])]
+        roi_cosine = {} if crops is None else _measure_crops(codecs, held, cropped, crops, seed)
     log.info("calibrated on %d training rows, measured on %d others", len(used), len(scored))
-    return CacheFit(codecs, used, scored, baselines.arrays(), baselines.losses(), fidelity)
+    return CacheFit(codecs, used, scored, baselines.arrays(), baselines.losses(), fidelity, roi_cosine)
 
 
 def _fill(
@@ -177,6 +188,36 @@ def _measure(codecs: Mapping[str, ScaleCodec], fitted: Spool, held: Spool) -> tu
         for name, codec in codecs.items():
             fidelity[name].update(block[name], targets[name], codec.basis)
     return baselines, {name: of.result() for name, of in fidelity.items()}
+
+
+def _measure_crops(
+    codecs: Mapping[str, ScaleCodec], held: Spool, rows: np.ndarray, crops: Crops, seed: int
+) -> dict[str, dict[str, float]]:
+    """Of the first held-out `rows`, which lie in `held` in this order: what training with `data.roi` takes for the
+    teacher's map of a crop, against the teacher's own coefficients of it; `global` as it is against the crop's."""
+    stored = _targets(codecs, _first(held, len(rows)))
+    found: dict[str, list[np.ndarray]] = {name: [] for name in stored}
+    for place, row in enumerate(rows.tolist()):
+        boxes = probes(seed, row)
+        live = crops(row, boxes)
+        for name, values in stored.items():
+            own = np.repeat(values[place : place + 1], len(boxes), axis=0)
+            if name in codecs:
+                resampled = resample(torch.from_numpy(own), torch.from_numpy(boxes)).numpy()
+                found[name].append(cosines(resampled, codecs[name].project(live[name])))
+            else:
+                found[name].append(cosines(own, live[name]))
+    means = {name: np.mean(values, axis=0) for name, values in found.items()}
+    return {name: {f"{s:g}": float(x) for s, x in zip(SHARES, of, strict=True)} for name, of in means.items()}
+
+
+def _first(spool: Spool, count: int) -> Features:
+    """The first `count` rows."""
+    taken: list[Features] = []
+    blocks = spool.blocks()
+    while (more := count - sum(len(block[GLOBAL]) for block in taken)) > 0:
+        taken.append({name: values[:more] for name, values in next(blocks).items()})
+    return {name: np.concatenate([block[name] for block in taken]) for name in taken[0]}
 
 
 def _targets(codecs: Mapping[str, ScaleCodec], features: Features) -> Features:

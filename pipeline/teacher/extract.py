@@ -195,6 +195,8 @@ def _fit(manifest: Manifest, feed: Feed, settings: Settings, folder: Path, stop:
             pca=settings.pca,
             dtype=settings.dtype,
             folder=folder,
+            crops=lambda row, boxes: {k: v.cpu().numpy() for k, v in feed.crops(row, boxes).items()},
+            seed=settings.seed,
         )
 
 
@@ -296,6 +298,8 @@ def summary(cache: Cache) -> dict[str, Any]:
         "bytes_per_image": sum(array.row_bytes for array in cache.arrays),
         "explained": {scale.name: scale.explained for scale in cache.scales},
         "fidelity": cache.fidelity,
+        "roi_cosine": cache.roi_cosine,
+        "views": cache.views,
         "baselines": cache.baseline_losses,
         "saturated": cache.saturated,
     }

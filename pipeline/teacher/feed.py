@@ -124,6 +124,11 @@ class Feed:
             }
             yield FeatureBatch(rows, ok, self._features([image.pixels[0] for image in usable]), further)
 
+    def crops(self, row: int, boxes: np.ndarray) -> Features:
+        """What the teacher sees in `boxes` (m, 4) of the view that everyone has of a row (see data.roi)."""
+        image = self.reader.image(row)
+        return self._features([np.asarray(self.view.part(image, box)) for box in boxes.tolist()])
+
     def _refuse_replaced(self, rows: np.ndarray) -> None:
         """One damaged image in a million is left out; where most of a batch are others, their source was replaced."""
         changed = [row for row in rows.tolist() if row in self.changed]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.cache.layout import GEOMETRY
 from pipeline.cache.reader import Cache
 from pipeline.data.geometry import ViewSpec, view_choice
+from pipeline.data.roi import BOXES, RoiSpec
 from pipeline.data.samples import SampleError, SampleReader
 from pipeline.data.views import Preprocess
 from pipeline.errors import PipeError
@@ -33,7 +34,7 @@ class Batch:
     rows: Tensor  # (B,) int64
     images: Tensor  # (B, 3, H, W) float32, normalised for the trunk
     tokens: Tensor  # (B, L) int64
-    targets: dict[str, Tensor] | None  # as stored: scale (B, g², C) int8 or float16, global (B, C) float16
+    targets: dict[str, Tensor] | None  # as stored: scale (B, g², C), global (B, C) float16; BOXES (B, 4)
     failed: list[tuple[int, str]] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
@@ -58,6 +59,8 @@ class PairDataset(Dataset[Batch]):
         views: further views that epochs take in turns with the base view. With a cache their geometry is read from it,
             so that image and target are of the same view; without, the same geometry is drawn.
         view_seed: that views were drawn from.
+        roi: crops of the base view, another one in every epoch; the batch carries their boxes (B, 4) float32 beside
+            the base view's targets, under data.roi.BOXES. Validation sees whole views.
     """
 
     def __init__(
@@ -71,25 +74,31 @@ class PairDataset(Dataset[Batch]):
         seed: int = 0,
         views: Sequence[ViewSpec] = (),
         view_seed: int = 0,
+        roi: RoiSpec | None = None,
     ) -> None:
         self.samples, self.preprocess, self.tokenizer = samples, preprocess, tokenizer
         self.cache, self.target_rows, self.seed = cache, target_rows, seed
-        self.views, self.view_seed = tuple(views), view_seed
+        self.views, self.view_seed, self.roi = tuple(views), view_seed, roi
 
     def __getitem__(self, step: Step) -> Batch:
         self._read_ahead(step)
-        images, captions, rows, chosen, failed = [], [], [], [], []
+        images, captions, rows, chosen, boxes, failed = [], [], [], [], [], []
         for row in step.rows.tolist():
-            view = self._view_of(step, row)
+            view = None if step.validates else self._view_of(step.epoch, row)
+            box = self._box_of(step, row)
             try:
                 image, of_row = self.samples.read(row)
-                images.append(self.preprocess(image, self._geometry(view, row, image)))
+                images.append(self.preprocess(image, self._geometry(view, row, image), box=box))
             except SampleError as error:
                 failed.append((row, str(error)))
                 continue
             captions.append(of_row[caption_choice(self.seed, step.epoch, row, len(of_row))])
             rows.append(row)
             chosen.append(view)
+            boxes.append(box)
+        targets = self._targets(np.array(rows, dtype=np.int64), chosen)
+        if targets is not None and (cut := [box for box in boxes if box is not None]):
+            targets[BOXES] = torch.from_numpy(np.stack(cut))
         size = self.preprocess.view.size
         return Batch(
             step=step.step,
@@ -97,16 +106,17 @@ class PairDataset(Dataset[Batch]):
             rows=torch.tensor(rows, dtype=torch.int64),
             images=torch.stack(images) if images else torch.empty(0, 3, size, size),
             tokens=self.tokenizer(captions) if captions else torch.empty(0, 1, dtype=torch.int64),
-            targets=self._targets(np.array(rows, dtype=np.int64), chosen),
+            targets=targets,
             failed=failed,
         )
 
-    def _view_of(self, step: Step, row: int) -> ViewSpec | None:
-        """The view that an epoch takes of a row; None is the base view, which validation takes always."""
-        if not self.views or step.validates:
-            return None
-        choice = view_choice(self.seed, step.epoch, row, 1 + len(self.views))
+    def _view_of(self, epoch: int, row: int) -> ViewSpec | None:
+        """The view that an epoch takes of a row; None is the base view."""
+        choice = view_choice(self.seed, epoch, row, 1 + len(self.views)) if self.views else 0
         return None if choice == 0 else self.views[choice - 1]
+
+    def _box_of(self, step: Step, row: int) -> np.ndarray | None:
+        return None if self.roi is None or step.validates else self.roi.draw(self.seed, step.epoch, row)
 
     def _geometry(self, view: ViewSpec | None, row: int, image: Image.Image) -> np.ndarray | None:
         if view is None:
@@ -124,8 +134,10 @@ class PairDataset(Dataset[Batch]):
         self.samples.will_need(rows)
         if self.cache is None:
             return
-        for view in (None, *self.views):  # which one it will be depends on the epoch; the others come after
-            self.cache.will_need(self._target_rows(rows), view=None if view is None else view.name)
+        due = [self._view_of(*when) for when in zip(step.ahead_epochs.tolist(), rows.tolist(), strict=True)]
+        for view in dict.fromkeys(due):
+            own = rows[[other is view for other in due]]
+            self.cache.will_need(self._target_rows(own), view=None if view is None else view.name)
 
     def _target_rows(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.target_rows is None else self.target_rows[rows]

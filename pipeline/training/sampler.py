@@ -31,6 +31,7 @@ class Step:
         step: from 0 over the whole run.
         rows: (B,) int64.
         ahead: int64 rows that this process will need soon, in the order in which a disk should read them.
+        ahead_epochs: int64, the epoch in which it will need each of them.
         validates: whether the rows are only looked at: in the view that everyone has.
     """
 
@@ -38,6 +39,7 @@ class Step:
     epoch: int
     rows: np.ndarray
     ahead: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    ahead_epochs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     validates: bool = False
 
 
@@ -126,25 +128,30 @@ class BatchPlan:
 
         for step in range(start, self.total_steps):
             if self.shuffle == "shards":
-                ahead = self._next_group(step, epoch_of, rank, own)
+                ahead = [self._next_group(step, epoch_of, rank, own)]
                 if step == start:  # and what is left of the group that the run begins in
-                    ahead = np.concatenate([self._rest_of_group(step, epoch_of, rank, own), ahead])
+                    ahead.insert(0, self._rest_of_group(step, epoch_of, rank, own))
             else:
                 later = range(step + 1 if step == start else step + STEPS_AHEAD, step + STEPS_AHEAD + 1)
-                known = [rows_of(number) for number in later if number < self.total_steps]
-                ahead = np.concatenate([np.zeros(0, np.int64), *known])
-            yield Step(step, step // self.steps_per_epoch, rows_of(step), ahead)
+                known = [number for number in later if number < self.total_steps]
+                ahead = [(rows_of(number), number // self.steps_per_epoch) for number in known]
+            rows = np.concatenate([np.zeros(0, np.int64), *(rows for rows, _ in ahead)])
+            due = np.concatenate([np.zeros(0, np.int64), *(np.full(len(rows), epoch) for rows, epoch in ahead)])
+            yield Step(step, step // self.steps_per_epoch, rows_of(step), rows, due)
 
-    def _rest_of_group(self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int) -> np.ndarray:
-        """This process's rows of the step's group from the step on, ascending."""
+    def _rest_of_group(
+        self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int
+    ) -> tuple[np.ndarray, int]:
+        """This process's rows of the step's group from the step on, ascending; and their epoch."""
         number, place = divmod(step, self.steps_per_epoch)
         first, epoch = place * self.batch_size, epoch_of(number)
         end = int(epoch.bounds[np.searchsorted(epoch.bounds, first, side="right")])
         span = np.arange(first, min(end, self.steps_per_epoch * self.batch_size))
-        return np.sort(epoch.order[span[span % self.batch_size // own == rank]])
+        return np.sort(epoch.order[span[span % self.batch_size // own == rank]]), number
 
-    def _next_group(self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int) -> np.ndarray:
-        """This process's rows of the group after the step's, ascending: the part that is due in this step."""
+    def _next_group(self, step: int, epoch_of: Callable[[int], _Epoch], rank: int, own: int) -> tuple[np.ndarray, int]:
+        """This process's rows of the group after the step's, ascending: the part that is due in this step; and their
+        epoch."""
         number, place = divmod(step, self.steps_per_epoch)
         first, used = place * self.batch_size, self.steps_per_epoch * self.batch_size
         bounds = epoch_of(number).bounds
@@ -152,14 +159,14 @@ class BatchPlan:
         start, end = int(bounds[group]), min(int(bounds[group + 1]), used)
         if end == used:
             if (number + 1) * self.steps_per_epoch >= self.total_steps:
-                return np.zeros(0, np.int64)
+                return np.zeros(0, np.int64), number
             number, group = number + 1, -1
         epoch = epoch_of(number)
         span = np.arange(epoch.bounds[group + 1], min(int(epoch.bounds[group + 2]), used))
         rows = np.sort(epoch.order[span[span % self.batch_size // own == rank]])
         begins, ends = -(-start // self.batch_size), end // self.batch_size  # places that lie wholly in this group
         parts = np.array_split(rows, max(1, (ends - begins) // 2))  # in half the time: a slow disk has the other half
-        return parts[place - begins] if place - begins < len(parts) else np.zeros(0, np.int64)
+        return (parts[place - begins] if place - begins < len(parts) else np.zeros(0, np.int64)), number
 
 
 def caption_choice(seed: int, epoch: int, row: int, captions: int) -> int:

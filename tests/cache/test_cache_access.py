@@ -261,3 +261,18 @@ def test_network_disks_are_told_by_the_mount_that_a_path_lies_on(tmp_path: Path)
 def test_an_error_names_five_rows() -> None:
     assert named_rows(np.array([4, 4])) == "1 row (4)"
     assert named_rows(np.arange(1234)) == "1,234 rows (0, 1, 2, 3, 4, …)"
+
+
+def test_more_files_are_asked_for_where_a_process_may_open_few() -> None:
+    """In a child: a limit, once lowered for good, stays lowered."""
+    from pipeline.cache.positioned import _default_open
+
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, 900))
+            opened = _default_open()
+            os._exit(0 if (opened, resource.getrlimit(resource.RLIMIT_NOFILE)) == (450, (900, 900)) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -113,21 +113,21 @@ def test_shards_too_are_the_same_batches_for_any_processes_and_start(world_size,
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (4, 5)])
 @pytest.mark.parametrize("shuffle", ["full", "shards"])
 def test_what_is_asked_for_ahead_is_what_comes(shuffle, rank, world_size):
-    """Every row but those of the beginning has been asked for before its batch, as often as it comes."""
+    """Every row but those of the beginning has been asked for before its batch, for the epoch in which it comes."""
     p = sharded(rows=np.arange(330), total_steps=60, shuffle=shuffle)
     waiting, unasked = Counter(), []
     for step in p.steps(rank=rank, world_size=world_size):
         if shuffle == "shards":
             assert step.step == 0 or step.ahead.tolist() == sorted(step.ahead.tolist())
             if step.step == 0:
-                waiting.update(step.ahead.tolist())
+                waiting.update(zip(step.ahead_epochs.tolist(), step.ahead.tolist(), strict=True))
         for row in step.rows.tolist():
-            if waiting[row]:
-                waiting[row] -= 1
+            if waiting[step.epoch, row]:
+                waiting[step.epoch, row] -= 1
             else:
                 unasked.append((step.step, row))
         if step.step or shuffle == "full":
-            waiting.update(step.ahead.tolist())
+            waiting.update(zip(step.ahead_epochs.tolist(), step.ahead.tolist(), strict=True))
     assert {step for step, _ in unasked} == ({0} if shuffle == "full" else set())  # the first is there before any hint
     assert waiting.total() < (1 if shuffle == "full" else 80)  # asked for what the run ends before
 
