@@ -10,6 +10,7 @@ temporary folder, and stays in the page cache. All readers fetch the same batche
     read                   ours, dequantised to float32
     tensorstore            one gather an array, one after the other; a 16 MB cache pool keeps the shard indexes
     zarr oindex            zarr-python, one gather an array; few batches, since it is slow
+    read_raw, blosc, zstd  with --compressed: ours, of copies by `pipe cache copy --compress`, read through tensorstore
 
 Wall time is what a training job feels; CPU time (all threads) hardly depends on what else the machine does.
 """
@@ -28,6 +29,8 @@ from common import Timing, interleave, load, machine, markdown, parser, report
 
 from pipeline.cache import layout
 from pipeline.cache.codec import ScaleCodec, dequantise
+from pipeline.cache.compress import Compression
+from pipeline.cache.copy import copy_cache
 from pipeline.cache.layout import CacheIdentity, ScaleSpec
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.writer import CacheFit, CacheWriter
@@ -38,6 +41,7 @@ Reader = Callable[[np.ndarray], Rows]
 SCALES = (ScaleSpec("fine", -1, 14), ScaleSpec("mid", 8, 7), ScaleSpec("coarse", 4, 7))
 WIDTH, COMPONENTS, GLOBAL_WIDTH = 768, 256, 768
 LIMIT, FLOAT_READERS, SLOW = "np.memmap", ("np.memmap, to float32", "read"), "zarr oindex"
+COMPRESSIONS = (Compression("blosc", 5), Compression("zstd", 3))
 TENSORSTORE_POOL = 16_000_000  # bytes: far more than all shard indexes, far less than the rows
 
 
@@ -116,6 +120,14 @@ def readers(cache: Cache, flat: Path) -> dict[str, Reader]:
     }
 
 
+def compressed_readers(cache: Cache, folder: Path) -> dict[str, Reader]:
+    """The same of compressed copies, which are made below `folder`; random numbers hardly shrink."""
+    copies = {
+        how.codec: copy_cache(cache.path, folder / f"{how.codec}.zarr", compress=how).cache for how in COMPRESSIONS
+    }
+    return {f"read_raw, {codec}": copy.read_raw for codec, copy in copies.items()}
+
+
 def _open_tensorstore(path: Path) -> tensorstore.TensorStore:
     spec = {
         "driver": "zarr3",
@@ -164,6 +176,7 @@ def main() -> None:
     command.add_argument("--batch", type=int, help="rows a batch (256; quick 32)")
     command.add_argument("--rounds", type=int, help="timed batches of each reader (40; quick 3)")
     command.add_argument("--slow-rounds", type=int, help="timed batches of zarr-python (3; quick 1)")
+    command.add_argument("--compressed", action="store_true", help="read compressed copies too")
     arguments = command.parse_args()
     defaults = (256, 32, 3, 1) if arguments.quick else (4096, 256, 40, 3)
     given = (arguments.rows, arguments.batch, arguments.rounds, arguments.slow_rounds)
@@ -180,6 +193,8 @@ def measure(arguments: argparse.Namespace, rows: int, batch: int, rounds: int, s
         flat = Path(folder) / "flat"
         cache = build_store(Path(folder) / "teacher.zarr", flat, rows)
         found = readers(cache, flat)
+        if arguments.compressed:
+            found |= compressed_readers(cache, Path(folder))
         for start in range(0, rows, batch):  # every page of both kinds of files is mapped before any clock runs
             block = np.arange(start, min(start + batch, rows))
             found[LIMIT](block)

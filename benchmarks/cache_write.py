@@ -13,7 +13,7 @@ the clock stops. Each round is one shard, and they take turns:
     copy              a shard's share; `pipe cache copy` of it, setting the new cache up included
 
 Memory that a virtual machine has never touched costs its host a page fault of some 20 µs for each 4 KiB, ten times what
-writing it takes; so before any clock runs, as much is touched as all tasks together write.
+writing it takes; so before any clock runs, twice as much is touched as all tasks together write.
 
 Memory is measured in a fresh process that writes one shard: how far RssAnon rises above what it was with the shard's
 values in memory, looked at every millisecond.
@@ -231,7 +231,7 @@ def measure(arguments: argparse.Namespace, count: int, rounds: int, slow_rounds:
         stores.mkdir()
         shard_bytes = sum(values.nbytes for values in rows.values())
         written = 3 * (rounds + 1) + 5 * (slow_rounds + 1) + EXAMINED["copy"]
-        touch_memory(folder, written * shard_bytes)
+        touch_memory(folder, 2 * written * shard_bytes)
         few, write_few = folder / "few", our_writer(folder / "few", rows, 4)
         for shard in range(4):
             write_few(shard)

@@ -62,10 +62,32 @@ def test_readers_that_are_compared_give_the_same_values(benchmark: ModuleType) -
         found = benchmark.readers(benchmark.build_store(Path(folder) / "teacher.zarr", flat, 40), flat)
         rows = np.array([39, 0, 7, 7])
         assert len(found) == 7
+        found |= benchmark.compressed_readers(benchmark.open_cache(Path(folder) / "teacher.zarr"), Path(folder))
+        assert {"read_raw, blosc", "read_raw, zstd"} < set(found)
         benchmark.check_agreement(found, rows)
         wrong = found | {"read_raw": lambda rows: found["read_raw"](rows[::-1])}
         with pytest.raises(ValueError, match=r"read_raw and np\.memmap differ in fine"):
             benchmark.check_agreement(wrong, rows)
+
+
+@pytest.mark.parametrize("benchmark", ["cache_write"], indirect=True)
+def test_writers_that_are_compared_write_the_same_rows_in_the_same_layout(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    rows = benchmark.random_rows(np.random.default_rng(0), 5)
+    found = benchmark.writers(tmp_path, rows, 2)
+    for write in found.values():
+        write(0)
+    assert {"flat files", "CacheWriter", "tensorstore", "zarr-python"} <= set(found)
+    benchmark.check_agreement(tmp_path, rows)
+    found["tensorstore"](1)
+    (tmp_path / "tensorstore/mid/c/1/0/0").replace(tmp_path / "tensorstore/mid/c/0/0/0")
+    benchmark.check_agreement(tmp_path, rows)  # the same values
+    wanted = rows | {"mid": rows["mid"].copy()}
+    rows["mid"][3, 0, 0] ^= 1
+    found["tensorstore"](0)
+    with pytest.raises(ValueError, match="tensorstore and CacheWriter differ in mid, row 3"):
+        benchmark.check_agreement(tmp_path, wanted)
 
 
 @pytest.mark.parametrize("benchmark", ["loss"], indirect=True)
