@@ -46,7 +46,7 @@ class CropConfig(Section):
 class RoiConfig(CropConfig):
     """Crops of the view that everyone has, another one in every epoch; see data.roi."""
 
-    area: Area = (0.3, 1.0)
+    area: Area = (0.75, 1.0)
 
     @model_validator(mode="before")
     @classmethod

@@ -145,6 +145,8 @@ def _header(cache: Cache, names: list[str], views: list[str]) -> tuple[dict[str,
 
     attributes["scales"] = [scale for scale in attributes["scales"] if scale["name"] in names]
     attributes["fidelity"] = of_names(attributes["fidelity"])
+    if "roi_cosine" in attributes:
+        attributes["roi_cosine"] = of_names(attributes["roi_cosine"], layout.GLOBAL)
     losses = attributes["baseline_losses"]
     losses |= {kind: of_names(losses[kind], layout.GLOBAL) for kind in ("gram", "rkd") if kind in losses}
     if isinstance(of_teacher := attributes["teacher"].get("scales"), list):

@@ -58,7 +58,8 @@ def assemble_shard(values: np.ndarray, present: np.ndarray) -> tuple[np.ndarray,
     kept = np.flatnonzero(present)
     row_bytes = values[:1].nbytes
     chunks = np.empty((len(kept), row_bytes + CRC_BYTES), np.uint8)
-    chunks[:, :row_bytes] = values[kept].reshape(len(kept), values[:1].size).view(np.uint8)
+    rows = values if len(kept) == len(values) else values[kept]  # a copy of a whole shard is spared where it can be
+    chunks[:, :row_bytes] = rows.reshape(len(kept), values[:1].size).view(np.uint8)
     checksums = [crc32c(chunk[:row_bytes]) for chunk in chunks]
     chunks[:, row_bytes:] = np.array(checksums, "<u4").view(np.uint8).reshape(-1, CRC_BYTES)
     index = np.full((len(present), 2), MISSING_CHUNK, "<u8")
