@@ -243,7 +243,8 @@ def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
     target_rows = None
     if config.data.permute_targets:
         target_rows = permuted_rows(data.train_rows, manifest_rows=len(data.manifest), seed=config.train.seed)
-    data.manifest.captions(int(data.train_rows[0]))  # loads them once, before workers are forked: shared memory
+    if len(data.train_rows):
+        data.manifest.captions(int(data.train_rows[0]))  # loads them once, before workers are forked: shared memory
     dataset = PairDataset(
         SampleReader(data.manifest),
         preprocess,

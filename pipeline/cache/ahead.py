@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import numpy as np
 
 from pipeline.cache.shards import runs_of
 from pipeline.console import log
-from pipeline.errors import PipeError
 
 WAITING = 64  # hints that wait; more are let go
 PATIENCE = 60.0  # seconds that a read waits for a hint
@@ -43,37 +43,41 @@ class Ahead:
 
     def _forget(self) -> None:
         self._pid, self._pending = os.getpid(), dict[int, _Hint]()
-        self._jobs: queue.Queue[_Hint] | None = None
+        self._jobs: queue.SimpleQueue[_Hint | None] | None = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_jobs", None) is not None and self._pid == os.getpid():
+            self._jobs.put(None)  # type: ignore[union-attr]  # the thread ends
 
     def hint(self, rows: np.ndarray, job: Callable[[], None]) -> None:
         """Have `job`, which brings `rows` (n,) into memory, called soon, or never where too many wait already.
 
-        It may raise PipeError or OSError: a later read will raise them again.
+        It may raise: a later read will do so again.
         """
         if self._pid != os.getpid():
             self._forget()
         if self._jobs is None:
-            self._jobs = queue.Queue(WAITING)
+            self._jobs = queue.SimpleQueue()
             threading.Thread(target=_work, args=(self._jobs, self._pending), name="ahead", daemon=True).start()
-        hint = _Hint(np.unique(rows), job)
-        self._pending[id(hint)] = hint
-        try:
-            self._jobs.put_nowait(hint)
-        except queue.Full:
-            del self._pending[id(hint)]
+        if len(self._pending) <= WAITING:  # one of them is under way
+            hint = _Hint(np.unique(rows), job)
+            self._pending[id(hint)] = hint
+            self._jobs.put(hint)
 
     def wait_for(self, rows: np.ndarray) -> None:
         """Until no hint about any of `rows` (n,) is waiting or under way."""
         if not self._pending or self._pid != os.getpid():
             return
+        deadline = time.monotonic() + PATIENCE
         for hint in list(self._pending.values()):
             if not hint.done.is_set() and np.isin(rows, hint.rows).any():
-                hint.done.wait(PATIENCE)
+                hint.done.wait(max(0.0, deadline - time.monotonic()))
 
     def wait(self) -> None:
         """Until all hints so far have been carried out."""
-        if self._jobs is not None and self._pid == os.getpid():
-            self._jobs.join()
+        if self._pid == os.getpid():
+            for hint in list(self._pending.values()):
+                hint.done.wait()
 
 
 class _Hint:
@@ -81,18 +85,17 @@ class _Hint:
         self.rows, self.job, self.done = rows, job, threading.Event()
 
 
-def _work(jobs: queue.Queue[_Hint], pending: dict[int, _Hint]) -> None:
-    while True:
-        hint = jobs.get()
+def _work(jobs: queue.SimpleQueue[_Hint | None], pending: dict[int, _Hint]) -> None:
+    while (hint := jobs.get()) is not None:
         try:
             hint.job()
-        except (PipeError, OSError) as error:
+        except Exception as error:  # whatever it is: without this thread, reads would wait for hints in vain
             log.debug("reading ahead: %s", error)
         finally:
-            pending.pop(id(hint), None)
+            del hint.job  # or the last hint would keep its cache alive
             hint.done.set()
-            del hint  # or the last hint would keep its cache alive
-            jobs.task_done()
+            pending.pop(id(hint), None)
+            del hint
 
 
 def read_ahead(file: Path, offsets: np.ndarray, length: int) -> None:

@@ -33,7 +33,7 @@ _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000 if os.uname().sysname =
 
 
 class NoSpan(Exception):
-    """This system does not reserve so many addresses."""
+    """This system does not reserve so many addresses, or does not map these files."""
 
 
 class MappedShards:
@@ -44,23 +44,27 @@ class MappedShards:
         max_open: shards mapped at once; those used longest ago make room.
 
     Raises:
-        NoSpan: at the first read, where addresses cannot be reserved.
+        NoSpan: by a read, where addresses cannot be reserved or a file cannot be mapped.
     """
 
     def __init__(self, root: Path, states: States, *, max_open: int | None = None) -> None:
         self.root, self.states, self.max_open = root, states, max_open or MOST_MAPS
-        self.forget()
+        self._start()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "states": self.states, "max_open": self.max_open}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.forget()
+        self._start()
+
+    def _start(self) -> None:
+        self.spans: dict[str, _Span] = {}
+        self._locks: dict[int, threading.Lock] = {}
 
     def forget(self) -> None:
-        self.spans: dict[str, _Span] = {}
-        self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._locked():
+            self.spans = {}
 
     @property
     def mapped(self) -> int:
@@ -90,9 +94,8 @@ class MappedShards:
             read_ahead(array.file(self.root, shard), offsets[shard_of == shard], span.stride)
 
     def _locked(self) -> threading.Lock:
-        if os.getpid() != self._pid:  # a fork copies a lock that may be held; the maps stay good
-            self._lock, self._pid = threading.Lock(), os.getpid()
-        return self._lock
+        """One for each process: a fork copies a lock that may be held. The maps stay good."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())  # atomic: threads get the same one
 
     def _span(self, array: RowArray) -> _Span:
         if array.name not in self.spans:
@@ -152,13 +155,17 @@ class _Span:
         self.checksums = np.ndarray((self.length - CRC_BYTES + 1,), "<u4", buffer=memory, strides=(1,))
         self.mapped, self.dense = np.zeros(self.shards, bool), np.ones(self.shards, bool)
         self.used = np.zeros(self.shards, np.int64)
-        self.offsets: np.ndarray | None = None  # (R rounded up to shards,) uint32, of shards that are not dense
+        self.offsets: np.ndarray | None = None  # (R rounded up to shards,) of shards that are not dense
+        self.refused = ""  # why a file could not be mapped: then nothing is any more
 
     def __del__(self) -> None:
-        if getattr(self, "base", 0):
+        # Where the system refused a map it may have given the addresses to somebody else: these are not ours to free.
+        if getattr(self, "base", 0) and not getattr(self, "refused", ""):
             _libc().munmap(self.base, self.length)
 
     def map(self, shard: int) -> None:
+        if self.refused:
+            raise NoSpan(self.refused)
         ok = np.flatnonzero(self.states.of(shard) == layout.OK)
         file = self.array.file(self.root, shard)
         descriptor, size, offsets = open_shard(self.array, file, self.states.shard_rows, ok)
@@ -167,20 +174,28 @@ class _Span:
                 raise PipeError(
                     "this shard holds more than its rows", where=file, fix="set data.cache_access=read to read it"
                 )
-            _place(self.base + shard * self.room, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
+            self._place(shard, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor)
         finally:
             os.close(descriptor)
         self.dense[shard] = offsets.dense
         if not offsets.dense:
             if self.offsets is None:  # pages of it that nobody writes take no memory
-                self.offsets = np.zeros(self.shards * self.states.shard_rows, np.uint32)
+                small = self.room <= 2**32
+                self.offsets = np.zeros(self.shards * self.states.shard_rows, np.uint32 if small else np.int64)
             first = shard * self.states.shard_rows
             self.offsets[first + ok] = offsets.at(ok)
         self.mapped[shard] = True
 
     def unmap(self, shard: int) -> None:
-        _place(self.base + shard * self.room, self.room, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-        self.mapped[shard] = False
+        self.mapped[shard] = False  # first: a process that is forked in between must not believe in this map
+        self._place(shard, self.room, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+
+    def _place(self, shard: int, length: int, protection: int, flags: int, descriptor: int) -> None:
+        try:
+            _place(self.base + shard * self.room, length, protection, flags, descriptor)
+        except NoSpan as error:
+            self.refused = str(error)
+            raise
 
     def tick(self, shards: np.ndarray) -> None:
         _Span.clock += 1
@@ -216,4 +231,4 @@ def _place(address: int, length: int, protection: int, flags: int, descriptor: i
     """Map at exactly `address`, which lies in a span of ours, over whatever is there."""
     found = _libc().mmap(address, length, protection, flags | _MAP_FIXED, descriptor, 0)
     if found != address:
-        raise PipeError(f"cannot map a shard: {os.strerror(ctypes.get_errno())}", where="teacher cache")
+        raise NoSpan(os.strerror(ctypes.get_errno()))

@@ -48,23 +48,34 @@ class PositionedShards:
     def __init__(self, root: Path, states: States, *, max_open: int | None = None) -> None:
         self.root, self.states, self.shard_rows = root, states, states.shard_rows
         self.max_open = max_open or _default_open()
-        self.forget()
+        self._start()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"root": self.root, "states": self.states, "shard_rows": self.shard_rows, "max_open": self.max_open}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.forget()
+        self._start()
+
+    def _start(self) -> None:
+        self.opened: dict[tuple[str, int], _OpenShard] = {}
+        self._locks: dict[int, threading.Lock] = {}
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def forget(self) -> None:
-        self.opened: dict[tuple[str, int], _OpenShard] = {}
-        self._after_fork()
+        with self._locked():
+            self.opened = {}
 
-    def _after_fork(self) -> None:
-        """A fork copies a lock that may be held and a pool without its threads; descriptors stay good."""
-        self._lock, self._pid = threading.Lock(), os.getpid()
-        self._pool: ThreadPoolExecutor | None = None
+    def _locked(self) -> threading.Lock:
+        """One for each process: a fork copies a lock that may be held."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())  # atomic: threads get the same one
+
+    def _readers(self) -> ThreadPoolExecutor:
+        """A fork copies a pool without its threads."""
+        with self._locked():
+            if self._pool is None or self._pool[0] != os.getpid():
+                self._pool = os.getpid(), ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="cache")
+            return self._pool[1]
 
     def gather(self, array: RowArray, rows: np.ndarray, check: bool) -> np.ndarray:
         out = np.empty((len(rows), *array.row_shape), array.dtype)
@@ -79,17 +90,16 @@ class PositionedShards:
             for i in some:
                 shard = opened[i]
                 try:
-                    got = os.preadv(shard.descriptor, [flat[i], stored[i]], offsets[i])
+                    whole = _fill(shard.descriptor, flat[i], stored[i], offsets[i])
                 except OSError as error:
                     raise PipeError(f"cannot read this shard: {error.strerror}", where=shard.file) from error
-                if got < array.row_bytes + CRC_BYTES:
+                if not whole:
                     raise PipeError("this shard was cut short", where=shard.file, fix=FIX_SHARD)
                 if check:
                     sound[i] = crc32c(flat[i]) == int.from_bytes(stored[i], "little")
 
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="cache")
-        for _ in self._pool.map(read, [range(first, len(rows), READS_AT_ONCE) for first in range(READS_AT_ONCE)]):
+        shares = [range(first, len(rows), READS_AT_ONCE) for first in range(READS_AT_ONCE)]
+        for _ in self._readers().map(read, shares):
             pass
         if not sound.all():
             refuse_damaged(array, self.root, rows[~sound], self.shard_rows)
@@ -117,10 +127,8 @@ class PositionedShards:
         return opened.tolist(), offsets.tolist()
 
     def _open(self, array: RowArray, shard: int) -> _OpenShard:
-        if os.getpid() != self._pid:
-            self._after_fork()
         key = (array.name, shard)
-        with self._lock:
+        with self._locked():
             found = self.opened.pop(key, None)
             if found is None:
                 while len(self.opened) >= self.max_open:
@@ -130,6 +138,18 @@ class PositionedShards:
                 found = _OpenShard(file, descriptor, offsets)
             self.opened[key] = found
         return found
+
+
+def _fill(descriptor: int, values: np.ndarray, checksum: np.ndarray, offset: int) -> bool:
+    """Read both from `offset` on; False where the file ends before. Network disks may give less at a time."""
+    got, wanted = 0, len(values) + len(checksum)
+    while got < wanted:
+        buffers: list[Any] = [values[got:], checksum[max(got - len(values), 0) :]]
+        count = os.preadv(descriptor, buffers, offset + got)
+        if count == 0:
+            return False
+        got += count
+    return True
 
 
 def _default_open() -> int:

@@ -22,7 +22,7 @@ from pipeline.cache.header import read_header, read_small, require_covered
 from pipeline.cache.layout import RowArray, ScaleInfo
 from pipeline.cache.local import LocalShards, RowSource, on_network_disk
 from pipeline.cache.remote_path import RemotePath
-from pipeline.cache.shards import States, named_rows, without_crc
+from pipeline.cache.shards import States, bytes_if_there, named_rows, without_crc
 from pipeline.cache.store import read_json
 from pipeline.errors import PipeError
 
@@ -151,9 +151,7 @@ class Cache:
     def saturated_in(self, shard: int) -> dict[str, int]:
         """The same, of one shard; zeros where none has been written."""
         file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:
+        if (data := bytes_if_there(file)) is None:
             return {scale.name: 0 for scale in self.scales}
         counts = np.frombuffer(without_crc(data, file), "<i8").tolist()
         return {scale.name: count for scale, count in zip(self.scales, counts, strict=True)}

@@ -76,15 +76,18 @@ def index_bytes(shard_rows: int) -> int:
 def read_state(root: Path, shard: int, shard_rows: int) -> np.ndarray | None:
     """(S,) uint8, the state of one shard's rows (the last shard padded with zeros), or None where none is written."""
     file = root / layout.chunk_path(layout.STATE, shard, 1)
-    data = _bytes_if_there(file)
+    data = bytes_if_there(file)
     return None if data is None else parse_state(data, file, shard_rows)
 
 
-def _bytes_if_there(file: Path) -> bytes | None:
+def bytes_if_there(file: Path) -> bytes | None:
+    """A file's bytes, None where there is no such file; PipeError where it cannot be read."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise PipeError(f"cannot read the cache: {error.strerror}", where=file) from error
 
 
 def parse_state(data: bytes, file: Path, shard_rows: int) -> np.ndarray:
@@ -118,7 +121,11 @@ class States:
             state = np.zeros(shards * self.shard_rows, np.uint8)
             names = [layout.chunk_path(layout.STATE, shard, 1) for shard in range(shards)]
             at_once = getattr(self.root, "read_many", None)  # a remote store answers many questions at a time
-            found = [_bytes_if_there(self.root / name) for name in names] if at_once is None else at_once(names)
+            try:
+                found = [bytes_if_there(self.root / name) for name in names] if at_once is None else at_once(names)
+            except OSError as error:
+                where = error.filename or self.root
+                raise PipeError(f"cannot read the cache: {error.strerror}", where=where) from error
             for shard, data in enumerate(found):
                 if data is not None:
                     part = parse_state(data, self.root / names[shard], self.shard_rows)
@@ -197,8 +204,10 @@ def open_shard(array: RowArray, file: Path, shard_rows: int, ok_rows: np.ndarray
             lost = int((offsets[ok_rows] < 0).sum())
             raise PipeError(f"{lost} rows are marked ok but have no chunk", where=file, fix=FIX_SHARD)
         return handle, size, RowOffsets(offsets, stride)
-    except BaseException:
+    except BaseException as error:
         os.close(handle)
+        if isinstance(error, OSError):
+            raise PipeError(f"cannot read this shard: {error.strerror}", where=file) from error
         raise
 
 

@@ -30,6 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,6 +41,7 @@ from pipeline.errors import PipeError
 
 VERSION = 1
 METADATA_KEY = b"dinorankclip.manifest"
+CHECKSUM = "crc32c"  # among the metadata: of all the rest of them
 OK = "ok"
 VAL = "val"
 VAL_PREFIX = "val:"  # names of data.val_source's files, which may be called like data.source's
@@ -134,7 +136,8 @@ class Metadata:
     issues: list[Issue] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps({"version": VERSION, **asdict(self)}, ensure_ascii=False, sort_keys=True)
+        values = {"version": VERSION, **asdict(self)}
+        return _json(values | {CHECKSUM: google_crc32c.value(_json(values).encode())})
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Metadata:
@@ -143,6 +146,11 @@ class Metadata:
             raise PipeError(
                 f"this manifest has version {stored.get('version')}, not {VERSION}", where=where, fix="run: pipe index"
             )
+        # (Manifests of older versions have none.)
+        if (checksum := stored.pop(CHECKSUM, None)) is not None and checksum != google_crc32c.value(
+            _json(stored).encode()
+        ):
+            raise ValueError("its checksum does not fit")
         return cls(
             root=stored["root"],
             val_root=stored["val_root"],
@@ -150,6 +158,10 @@ class Metadata:
             sources=[Source(**source) for source in stored["sources"]],
             issues=[Issue(**issue) for issue in stored["issues"]],
         )
+
+
+def _json(values: Any) -> str:
+    return json.dumps(values, ensure_ascii=False, sort_keys=True)
 
 
 class Manifest:
@@ -292,12 +304,20 @@ def read_manifest(path: Path) -> Manifest:
         raise PipeError("there is no manifest", where=path, fix="run: pipe index")
     try:
         table = MappedTable(path, _REPEATING)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise PipeError(f"cannot read this manifest ({error})", where=path, fix="run: pipe index") from error
     stored = table.metadata.get(METADATA_KEY)
     if stored is None or table.names != SCHEMA.names:
         raise PipeError("this file is not a manifest", where=path, fix="move it away and run: pipe index")
-    return Manifest(path, table, Metadata.from_json(stored.decode("utf-8"), path))
+    try:
+        metadata = Metadata.from_json(stored.decode("utf-8"), path)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise PipeError(
+            f"what this manifest says of its sources is damaged ({type(error).__name__}: {error})",
+            where=path,
+            fix="restore it from a copy, or move it away and run: pipe index",
+        ) from error
+    return Manifest(path, table, metadata)
 
 
 def write_manifest(path: Path, table: pa.Table, metadata: Metadata) -> None:

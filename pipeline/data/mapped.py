@@ -125,9 +125,15 @@ class MappedTable:
     def _unpacked(self, name: str) -> pa.ChunkedArray:
         dictionaries = [name] if name in self._coded else None
         try:
-            column = pq.read_table(self.path, columns=[name], read_dictionary=dictionaries).column(0)
-        except (pa.ArrowException, OSError) as error:
+            with pq.ParquetFile(self.path, read_dictionary=dictionaries) as parquet:
+                same = (parquet.metadata.num_rows, parquet.metadata.metadata or {}) == (self.rows, self.metadata)
+                column = parquet.read(columns=[name]).column(0) if same else None
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise PipeError(f"cannot read column {name} ({error})", where=self.path, fix="run: pipe index") from error
+        if column is None:  # its columns would be of other rows than those that have been read
+            raise PipeError(
+                "this file was written anew while it was being read", where=self.path, fix="run the same command again"
+            )
         return column.unify_dictionaries()  # Parquet has one in each row group
 
 

@@ -276,3 +276,105 @@ def test_more_files_are_asked_for_where_a_process_may_open_few() -> None:
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_fork_between_the_two_steps_of_unmapping_finds_no_map(
+    whole_store: Path, ok_rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Addresses that are gone must not be believed to be mapped, not for a moment: to read them is SIGSEGV."""
+    cache, place, seen = open_cache(whole_store, access="map", max_open=1), mapped_module._place, []
+
+    def watched(address: int, length: int, protection: int, *others: int) -> None:
+        if not protection:
+            spans = cache.source.using.spans.values()  # type: ignore[attr-defined]
+            of = next(span for span in spans if span.base <= address < span.base + span.length)
+            seen.append(bool(of.mapped[(address - of.base) // of.room]))
+        place(address, length, protection, *others)
+
+    monkeypatch.setattr(mapped_module, "_place", watched)
+    for row in (ok_rows[0], ok_rows[-1], ok_rows[0]):
+        cache.read_raw([row])
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("access", ["map", "read"])
+def test_refresh_waits_for_whoever_reads_and_keeps_their_lock(access: str, whole_store: Path) -> None:
+    """Two locks at a time would let one thread unmap what another one copies."""
+    cache = open_cache(whole_store, access=access)  # type: ignore[arg-type]
+    cache.read_raw([0])
+    using = cache.source.using  # type: ignore[attr-defined]
+    lock = using._locked()
+    with lock:
+        refreshing = threading.Thread(target=cache.refresh)
+        refreshing.start()
+        refreshing.join(0.1)
+        assert using.spans if access == "map" else using.opened
+    refreshing.join(10)
+    assert not (using.spans if access == "map" else using.opened)
+    assert using._locked() is lock
+
+
+def test_files_that_the_system_does_not_map_are_read_by_position(
+    whole_store: Path, ok_rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, cache, place = open_cache(whole_store).read_raw(ok_rows), open_cache(whole_store, access="map"), []
+
+    def refuse(address: int, length: int, protection: int, *others: int) -> None:
+        place.append(address)
+        if len(place) > 2:
+            raise mapped_module.NoSpan("No such device")
+        real(address, length, protection, *others)
+
+    real = mapped_module._place
+    monkeypatch.setattr(mapped_module, "_place", refuse)
+    found = cache.read_raw(ok_rows)
+    assert isinstance(cache.source.using, PositionedShards)  # type: ignore[attr-defined]
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("source", [MappedShards, PositionedShards])
+def test_rows_beyond_4_gib_of_a_shard_are_found(source: type, tmp_path: Path) -> None:
+    """A sparse file; a row that is not there moves the others, so that their offsets are kept one by one."""
+    array, state = RowArray("big", (16 * 2**20,), np.dtype("i1"), ("number",)), np.ones(300, np.uint8)
+    state[1] = layout.UNDECODABLE
+    stride, file = array.row_bytes + 4, array.file(tmp_path, 0)
+    places = {row: number * stride for number, row in enumerate(np.flatnonzero(state == layout.OK).tolist())}
+    index = np.full((len(state), 2), MISSING_CHUNK, "<u8")
+    for row, place in places.items():
+        index[row] = place, stride
+    file.parent.mkdir(parents=True)
+    with open(file, "wb") as handle:
+        for row in (250, 299):
+            handle.seek(places[row])
+            handle.write(bytes([row - 200]))
+        handle.seek(len(places) * stride)
+        handle.write(with_crc(index.tobytes()))
+    shards = source(tmp_path, states(tmp_path, state))
+    assert [int(shards.gather(array, np.array([row]), False)[0, 0]) for row in (0, 250, 299)] == [0, 50, 99]
+
+
+def test_a_disk_that_gives_less_than_was_asked_for_is_asked_again(
+    whole_store: Path, ok_rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, cache = open_cache(whole_store).read_raw(ok_rows), open_cache(whole_store, access="read")
+    preadv, calls = os.preadv, []
+
+    def short(handle: int, buffers: list[np.ndarray], at: int) -> int:
+        calls.append(at)
+        return preadv(handle, [next(buffer[:5] for buffer in buffers if len(buffer))], at)
+
+    monkeypatch.setattr(os, "preadv", short)
+    found = cache.read_raw(ok_rows, verify=True)
+    assert len(calls) > 2 * len(ok_rows) * len(found)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("access", ["map", "read"])
+def test_what_cannot_be_read_is_one_line(access: str, store: Path) -> None:
+    cache = open_cache(store, access=access)  # type: ignore[arg-type]
+    for file in (cache.arrays[0].file(store, 0), store / "state" / "c" / "0"):
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(PipeError, match=r"cannot read .*: Is a directory"):
+            open_cache(store, access=access).read([0])  # type: ignore[arg-type]

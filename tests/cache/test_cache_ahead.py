@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def test_hints_that_fail_or_are_too_many_are_let_go() -> None:
         raise PipeError("this shard is missing")
 
     ahead.hint(np.array([0]), fail)
+    ahead.wait_for(np.array([0]))
+    ahead.hint(np.array([0]), lambda: [][0])  # whatever it raises, the thread goes on
     ahead.wait_for(np.array([0]))
     ahead.hint(np.array([0]), lambda: (go.wait(10), None)[1])
     for number in range(3 * ahead_module.WAITING):
@@ -75,6 +78,20 @@ def test_a_cache_goes_when_its_last_user_does_hints_or_not(whole_store: Path) ->
     del cache
     gc.collect()
     assert gone() is None
+
+
+def test_the_thread_ends_with_its_cache(whole_store: Path) -> None:
+    before = threading.active_count()
+    for _ in range(5):
+        cache = open_cache(whole_store)
+        cache.will_need([0, 1])
+        cache._ahead.wait()
+    del cache
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("sequence", [1, 10**9])

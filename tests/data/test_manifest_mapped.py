@@ -25,7 +25,16 @@ from tar_samples import samples, write_tar
 
 from pipeline.data import mapped
 from pipeline.data.index import build_manifest
-from pipeline.data.manifest import METADATA_KEY, SCHEMA, Manifest, Metadata, SplitRule, read_manifest, write_manifest
+from pipeline.data.manifest import (
+    METADATA_KEY,
+    SCHEMA,
+    Manifest,
+    Metadata,
+    Source,
+    SplitRule,
+    read_manifest,
+    write_manifest,
+)
 from pipeline.errors import PipeError
 
 METADATA = Metadata(root="/data", val_root=None, rule=SplitRule(0.01, False), sources=[])
@@ -196,3 +205,38 @@ def test_indexing_again_gives_an_old_manifest_the_mapped_part(tmp_path, caplog):
     assert read_manifest(path).is_mapped
     assert path.read_bytes() == new
     assert not caplog.messages  # an old manifest is no damage
+
+
+def test_what_it_says_of_its_sources_has_a_checksum(tmp_path):
+    """A path or a size with a flipped bit is no other path; and whatever is broken is one line."""
+    path = tmp_path / "m.parquet"
+    sources = [Source("a.tar", "tar", 1_000, 2_000, "ab" * 32, 3)]
+    write_manifest(path, random_table(3), Metadata("/data", None, SplitRule(0.01, False), sources))
+    whole = path.read_bytes()
+    start, end = (whole.rindex(part) for part in (b'{"crc32c": ', b', "version": 1}'))
+    assert b"a.tar" in whole[start:end]
+    for byte in range(start, end):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1]) + whole[byte + 1 :])
+        if b'"crc32c"' in path.read_bytes()[start:end]:
+            with pytest.raises(PipeError):
+                read_manifest(path)
+    old = Metadata.from_json(json.dumps({"version": 1, **asdict(METADATA)}), path)  # as it was written before
+    assert old == METADATA
+
+
+def test_a_manifest_that_was_written_anew_is_not_read_half_and_half(tmp_path):
+    path = tmp_path / "m.parquet"
+
+    def write_old(rows: int) -> None:
+        pq.write_table(random_table(rows).replace_schema_metadata({METADATA_KEY: METADATA.to_json().encode()}), path)
+
+    write_old(50)
+    manifest = read_manifest(path)
+    assert len(manifest.column("key")) == 50
+    write_old(60)
+    with pytest.raises(PipeError, match="written anew"):
+        manifest.rows()
+    write_manifest(path, random_table(50), METADATA)
+    mapped_one = read_manifest(path)
+    write_manifest(path, random_table(60), METADATA)
+    assert len(mapped_one.rows(ok_only=False)) == 50  # the mapped file is still the old one

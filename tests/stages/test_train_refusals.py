@@ -105,6 +105,12 @@ def test_rows_that_came_after_the_cache_are_absent_rows(folder):
     run(folder, name="all")
 
 
+def test_a_cache_without_a_single_row_is_one_line(folder):
+    shutil.rmtree(folder / "workspace" / "teacher.zarr" / "state" / "c")
+    with pytest.raises(PipeError, match="0 training rows do not fill one batch"):
+        run(folder, sets=["data.rows=cached"])
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_problem_with_the_data_is_one_line_whoever_reads_it(folder, workers):
     """torch would pass on a worker's error with its traceback for a message; a flipped bit is found as it is read."""
