@@ -39,11 +39,12 @@ def run(config: Config, processes: int, limit: int | None) -> None:
             codes = _wait(parts)
         for relay in relays:
             relay.join()
-    failed = [index for index, code in enumerate(codes) if code not in (0, RESUMABLE)]
+    stopped = (RESUMABLE, -signal.SIGTERM)  # the latter: before it could say so itself
+    failed = [index for index, code in enumerate(codes) if code not in (0, *stopped)]
     if failed:
         named = ", ".join(f"{index + 1} of {processes} (exit code {codes[index]})" for index in failed)
         raise PipeError(f"part {named} failed; the lines above say why", where="extract-teacher", fix="run it again")
-    if RESUMABLE in codes:
+    if any(code in stopped for code in codes):
         raise Stopped("extraction; every finished shard is stored")
 
 
