@@ -7,12 +7,8 @@ last of its files: state 1 implies published data, and a shard without it is wri
 from __future__ import annotations
 
 import contextlib
-import shutil
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,8 +18,6 @@ from pipeline.cache.header import (
     CacheFit,
     build_header,
     clear_unfinished,
-    finish_growth,
-    grow_header,
     refuse_foreign,
     write_header,
 )
@@ -33,11 +27,10 @@ from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.cache.seals import SEALS, write_seals
 from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_state, with_crc
+from pipeline.cache.sharing import busy, share
 from pipeline.cache.store import publish
 from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
-
-SETTLING_SECONDS = 20.0  # how long another process may hold a cache alone: growing rewrites its metadata
 
 
 class CacheWriter:
@@ -58,7 +51,7 @@ class CacheWriter:
         self.codecs = {s.name: _stored_codec(cache, s) for s in cache.scales}
         self._sealed = (path / SEALS / layout.METADATA).exists()  # caches of older writers have no seals
         if (held := lock.claim(part.shards(self.shards))) is not None:
-            raise _busy(path, lock, f"writing shard {held} of this cache")
+            raise busy(path, lock, f"writing shard {held} of this cache")
         self._lock: StoreLock | None = lock
 
     @classmethod
@@ -75,7 +68,7 @@ class CacheWriter:
             return None
         lock = StoreLock(path, "" if part.whole else str(part))
         try:
-            _share(path, lock, identity)
+            share(path, lock, identity)
             return cls(path, lock, part)
         except BaseException:
             lock.close()
@@ -117,14 +110,14 @@ class CacheWriter:
         try:
             if not lock.exclusive():
                 if part.whole:
-                    raise _busy(path, lock, "setting this cache up")
+                    raise busy(path, lock, "setting this cache up")
                 lock.close()
                 return None
             if not (path / layout.DIGEST).exists():  # else set up by another process since we looked
                 clear_unfinished(path)
                 header, small = build_header(identity, fit() if callable(fit) else fit, shard_rows)
                 write_header(path, header, small)
-            _share(path, lock, identity)
+            share(path, lock, identity)
             return cls(path, lock, part)
         except BaseException:
             lock.close()
@@ -259,65 +252,6 @@ class CacheWriter:
                         fix="run the teacher in float32 or bf16",
                     )
         return state
-
-
-def _share(path: Path, lock: StoreLock, identity: CacheIdentity) -> None:
-    """Become one of the writers of a cache that has been set up: tidy and grow it if nobody else is at it."""
-    deadline = time.monotonic() + SETTLING_SECONDS
-    while not (alone := lock.exclusive()) and not lock.shared():  # another one holds it alone, for a moment
-        if time.monotonic() > deadline:
-            raise _busy(path, lock, "changing this cache")
-        time.sleep(0.02)
-    if alone:
-        finish_growth(path)
-    cache = open_cache(path)
-    if not cache.plain:
-        raise PipeError(
-            "this cache is a compressed copy, and rows are written to plain ones", where=path, fix="move it away"
-        )
-    if _refuse_other(cache, identity):
-        if not alone:
-            raise _busy(path, lock, "writing to this cache, which has to be made larger")
-        grow_header(path, identity)
-    if alone:
-        shutil.rmtree(path / layout.TEMPORARY, ignore_errors=True)  # left by writers that were killed
-        lock.shared()
-
-
-def _busy(path: Path, lock: StoreLock, what: str) -> PipeError:
-    return PipeError(
-        f"another extraction is {what} ({lock.holders()})",
-        where=path,
-        fix="wait for it to end, or stop it; it can be resumed",
-    )
-
-
-def _refuse_other(cache: Cache, identity: CacheIdentity) -> bool:
-    """Whether the cache is to grow to `identity`; PipeError where it is of something else."""
-    found: dict[str, Any] = {
-        "rows": cache.rows,
-        "scales": [asdict(scale.spec) for scale in cache.scales],
-        "global_width": cache.global_width,
-        "teacher": cache.teacher,
-        "view": cache.view,
-        "manifest_fingerprint": cache.manifest_fingerprint,
-        "settings": cache.settings,
-    }
-    asked = identity.to_json()
-    prefix = identity.prefix_fingerprint
-    grows = identity.rows > cache.rows and prefix is not None and prefix(cache.rows) == cache.manifest_fingerprint
-    for side in (asked, found):  # by hub name or from a file: it is the weights' own hash that counts
-        side["teacher"] = {key: value for key, value in side["teacher"].items() if key != "weights"}
-        if grows:
-            del side["rows"], side["manifest_fingerprint"]
-    difference = layout.first_difference(asked, found, whole=True)
-    if difference:
-        raise PipeError(
-            f"the cache there is of something else: {difference}",
-            where=cache.path,
-            fix="move it away, or use the settings it was made with",
-        )
-    return grows
 
 
 def _stored_codec(cache: Cache, scale: ScaleInfo) -> ScaleCodec:
