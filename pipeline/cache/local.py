@@ -54,7 +54,7 @@ class LocalShards:
             return self.using.gather(array, rows, check)
         except NoSpan as error:
             self._without_maps(error)
-            return self.using.gather(array, rows, check)
+        return self.using.gather(array, rows, check)  # here, where the error no longer keeps the maps
 
     def will_need(self, array: RowArray, rows: np.ndarray) -> None:
         try:

@@ -157,11 +157,11 @@ class _Span:
         self.used = np.zeros(self.shards, np.int64)
         self.offsets: np.ndarray | None = None  # (R rounded up to shards,) of shards that are not dense
         self.refused = ""  # why a file could not be mapped: then nothing is any more
+        self.lost: int | None = None  # the shard it was
 
     def __del__(self) -> None:
-        # Where the system refused a map it may have given the addresses to somebody else: these are not ours to free.
-        if getattr(self, "base", 0) and not getattr(self, "refused", ""):
-            _libc().munmap(self.base, self.length)
+        if getattr(self, "base", 0):
+            _free(self.base, self.length, getattr(self, "lost", None), self.room)
 
     def map(self, shard: int) -> None:
         if self.refused:
@@ -194,7 +194,7 @@ class _Span:
         try:
             _place(self.base + shard * self.room, length, protection, flags, descriptor)
         except NoSpan as error:
-            self.refused = str(error)
+            self.refused, self.lost = str(error), shard
             raise
 
     def tick(self, shards: np.ndarray) -> None:
@@ -225,6 +225,16 @@ def _reserve(length: int) -> int:
     if base is None or base == ctypes.c_void_p(-1).value:
         raise NoSpan(os.strerror(ctypes.get_errno()))
     return base
+
+
+def _free(base: int, length: int, lost: int | None, room: int) -> None:
+    """Give a span back; but where the system refused a map, it may have given these addresses to somebody else."""
+    if lost is None:
+        _libc().munmap(base, length)
+        return
+    for start, end in ((0, lost * room), ((lost + 1) * room, length)):
+        if start < end:
+            _libc().munmap(base + start, end - start)
 
 
 def _place(address: int, length: int, protection: int, flags: int, descriptor: int) -> None:

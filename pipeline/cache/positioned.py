@@ -42,12 +42,13 @@ class PositionedShards:
 
     Args:
         states: which rows are there, and how many a shard has.
-        max_open: files open at once; the one used longest ago makes room. Default half of what the system allows.
+        max_open: files open at once; the one used longest ago makes room. Half of what the system allows at most.
     """
 
     def __init__(self, root: Path, states: States, *, max_open: int | None = None) -> None:
         self.root, self.states, self.shard_rows = root, states, states.shard_rows
-        self.max_open = max_open or _default_open()
+        most = _default_open()
+        self.max_open = min(max_open or most, most)
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:

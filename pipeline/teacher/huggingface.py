@@ -80,7 +80,7 @@ def load(
     folder = local_folder(name) or _download(name, with_weights=not random_weights)
     config = _config(folder)
     if random_weights:
-        model = _random(config, seed)
+        model = _random(config, seed, folder / CONFIG)
         log.warning("teacher %s has random weights (seed %d): its features say little about images", label(name), seed)
     else:
         model = _pretrained(folder, config)
@@ -115,8 +115,8 @@ def _config(folder: Path) -> Any:
 
     path = folder / CONFIG
     try:
-        kind = json.loads(path.read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = str(json.loads(path.read_text())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PipeError(
             f"this folder holds no model of the transformers library ({CONFIG}: {type(error).__name__})",
             where=folder,
@@ -127,17 +127,26 @@ def _config(folder: Path) -> Any:
             f"models of type {kind!r} are no teachers", where=path, fix=f"use one of type {', '.join(CLASSES)}"
         )
     try:
-        return getattr(transformers, CLASSES[kind][0]).from_pretrained(folder, local_files_only=True)
+        config = getattr(transformers, CLASSES[kind][0]).from_pretrained(folder, local_files_only=True)
+        if config.num_channels != 3:
+            raise ValueError(f"num_channels is {config.num_channels}, not 3")
+        heads = getattr(config, "num_attention_heads", 1)
+        if heads != 1 and (heads < 1 or config.hidden_size % heads):
+            raise ValueError(f"num_attention_heads is {heads} for a hidden_size of {config.hidden_size}")
+        return config
     except Exception as error:  # the library checks fields by exceptions of its own
         raise PipeError(f"cannot use this configuration ({_short(error)})", where=path, fix="correct it") from error
 
 
-def _random(config: Any, seed: int) -> Any:
+def _random(config: Any, seed: int, where: Path) -> Any:
     import transformers
 
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(seed)
-        return getattr(transformers, CLASSES[config.model_type][1])(config).float()
+        try:
+            return getattr(transformers, CLASSES[config.model_type][1])(config).float()
+        except Exception as error:  # whatever the numbers of a configuration lead to
+            raise PipeError(f"cannot build this network ({_short(error)})", where=where, fix="correct it") from error
 
 
 def _pretrained(folder: Path, config: Any) -> Any:

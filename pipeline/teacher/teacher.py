@@ -9,6 +9,7 @@ Legend: B images, S image size, G native grid, g stored grid, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,18 @@ def load_teacher(
 
 def _rgb(which: str, asked: Sequence[float] | None, own: Mapping[str, Any]) -> tuple[float, float, float]:
     values = own.get(which) if asked is None else asked
-    if values is None or len(values) != 3:
+    if values is None or not isinstance(values, Sequence) or len(values) != 3:
         raise PipeError(f"no {which} for R, G, B is known", where=f"teacher.{which}", fix="give three numbers")
-    red, green, blue = (float(value) for value in values)
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError):
+        red = green = blue = math.nan
+    if not all(math.isfinite(value) and (which == "mean" or value > 0) for value in (red, green, blue)):
+        raise PipeError(
+            f"{which} must be three finite numbers{'' if which == 'mean' else ', all positive'}",
+            where=f"teacher.{which}",
+            fix=f"give others than {values}",
+        )
     return red, green, blue
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -331,6 +332,32 @@ def test_files_that_the_system_does_not_map_are_read_by_position(
     found = cache.read_raw(ok_rows)
     assert isinstance(cache.source.using, PositionedShards)  # type: ignore[attr-defined]
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_refused_map_gives_all_others_back_but_not_its_own_addresses(
+    whole_store: Path, ok_rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses them where a process has too many: what is there must go, or nothing else works either."""
+    cache, freed, spans = open_cache(whole_store, access="map"), [], []
+    real_free, real_reserve, real_place = mapped_module._free, mapped_module._reserve, mapped_module._place
+
+    def free(base: int, length: int, lost: int | None, room: int) -> None:
+        freed.append((base, lost))
+        real_free(base, length, lost, room)
+
+    def place(address: int, *others: int) -> None:
+        if len(spans) == 2:
+            raise mapped_module.NoSpan("Cannot allocate memory")
+        real_place(address, *others)
+
+    monkeypatch.setattr(mapped_module, "_free", free)
+    monkeypatch.setattr(mapped_module, "_reserve", lambda length: spans.append(real_reserve(length)) or spans[-1])
+    monkeypatch.setattr(mapped_module, "_place", place)
+    cache.read_raw(ok_rows)
+    gc.collect()
+    assert sorted(freed, key=str) == sorted([(spans[0], None), (spans[1], 0)], key=str)
+    with open("/proc/self/maps") as maps:
+        assert str(whole_store) not in maps.read()
 
 
 @pytest.mark.parametrize("source", [MappedShards, PositionedShards])

@@ -58,6 +58,10 @@ def with_tensor(name: str, shape: tuple[int, ...]) -> Callable[[Path], object]:
         (lambda folder: edit(folder / CONFIG, query_bias=False), r"4 unexpected: .*q_proj\.bias.*, \.\.\."),
         (lambda folder: edit(folder / CONFIG, model_type="llama"), r"'llama' are no teachers.*dinov3_vit"),
         (lambda folder: edit(folder / CONFIG, hidden_size="wide"), r"cannot use this configuration"),
+        (lambda folder: edit(folder / CONFIG, model_type=["dinov3_vit"]), r"are no teachers"),
+        (lambda folder: edit(folder / CONFIG, num_attention_heads=7), r"cannot use .*num_attention_heads is 7"),
+        (lambda folder: edit(folder / CONFIG, num_channels=4), r"cannot use .*num_channels is 4"),
+        (lambda folder: (folder / CONFIG).write_text("[" * 100_000), r"holds no model"),
         (lambda folder: (folder / CONFIG).write_text("{"), r"holds no model"),
         (lambda folder: (folder / CONFIG).write_text("[]"), r"holds no model"),
         (lambda folder: (folder / CONFIG).unlink(), r"holds no model.*save_pretrained"),
@@ -75,6 +79,28 @@ def test_what_does_not_fit_is_refused_naming_it(folder: Path, damage: Callable[[
         load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"patch_size": 0}, {"hidden_act": "nonsense"}, {"num_register_tokens": -1}])
+def test_a_configuration_that_no_network_can_have_is_one_line(folder: Path, changes: dict[str, Any]):
+    edit(folder / CONFIG, **changes)
+    with pytest.raises(PipeError, match="cannot build this network"):
+        load(folder, random_weights=True)
+
+
+@pytest.mark.parametrize("mean", ["abc", 0.5, [0, 0], [0, 0, float("nan")], [0, 0, [0]], {"a": 0}])
+def test_a_mean_that_is_no_three_numbers_is_refused(folder: Path, mean: Any):
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": [1, 1, 1]}))
+    with pytest.raises(PipeError, match=r"teacher\.mean"):
+        load(folder)
+
+
+@pytest.mark.parametrize("std", [[0, 0, 0], [-1, 1, 1], [float("inf"), 1, 1]])
+def test_pixels_are_not_divided_by_nothing(folder: Path, std: list[float]):
+    """Whatever such features are, they are finite or become so on their way to the disk: nobody would notice."""
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": std}))
+    with pytest.raises(PipeError, match=r"std must be three finite numbers, all positive.*teacher\.std"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
