@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -178,7 +180,7 @@ def refuse_foreign(path: Path) -> None:
             where=path,
             fix="move it away",
         )
-    if any((path / layout.STATE).glob("c/*")):
+    if _has_entries(path / layout.STATE / "c"):
         raise PipeError(
             "this cache holds rows, but its digest.json is gone", where=path, fix="restore it or move it away"
         )
@@ -189,6 +191,13 @@ def clear_unfinished(path: Path) -> None:
     refuse_foreign(path)
     for entry in _beside_our_own(path):
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _has_entries(folder: Path) -> bool:
+    """Whether there is anything in a folder, which another process may be clearing."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        return next(entries, None) is not None
+    return False
 
 
 def _beside_our_own(path: Path) -> list[Path]:

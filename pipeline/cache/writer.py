@@ -132,8 +132,9 @@ class CacheWriter:
     def close(self) -> None:
         """Let the next writer in."""
         if self._lock is not None:
-            with contextlib.suppress(OSError):
-                (self.path / layout.TEMPORARY).rmdir()
+            if self._lock.exclusive():  # another writer may be about to put a file there
+                with contextlib.suppress(OSError):
+                    (self.path / layout.TEMPORARY).rmdir()
             self._lock.close()
             self._lock = None
 

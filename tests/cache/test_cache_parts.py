@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from cache_sample import SHARD_ROWS, Sample
 
 from pipeline.cache import locks
+from pipeline.cache.header import refuse_foreign
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.part import Part
 from pipeline.cache.reader import open_cache
@@ -187,3 +189,31 @@ def test_leftovers_of_a_killed_writer_go_when_nobody_else_writes(sample: Sample,
     with CacheWriter.resume(path, sample.identity):  # type: ignore[union-attr]
         assert not (path / ".tmp" / "half").exists()
     assert np.array_equal(open_cache(path).state(), np.zeros(21))
+
+
+def test_a_writer_that_ends_leaves_the_others_their_place(sample: Sample, tmp_path: Path) -> None:
+    """The folder of unfinished files goes with the last writer: another may be about to open a file in it."""
+    path = tmp_path / "c"
+    first = CacheWriter.create(path, sample.identity, sample.fit, shard_rows=SHARD_ROWS, part=Part(0, 2))
+    second = CacheWriter.resume(path, sample.identity, Part(1, 2))
+    assert first is not None
+    assert second is not None
+    (path / ".tmp").mkdir(exist_ok=True)
+    first.close()
+    assert (path / ".tmp").is_dir()
+    second.close()
+    assert not (path / ".tmp").exists()
+
+
+def test_a_folder_that_is_being_cleared_is_no_foreign_one(sample: Sample, store: Path) -> None:
+    """Setting up was cut off, and another process clears the rest while this one looks."""
+    (store / "digest.json").unlink()
+    shutil.rmtree(store / "state")
+    refuse_foreign(store)
+    (store / "state").mkdir()
+    refuse_foreign(store)
+    (store / "state" / "c").mkdir()
+    refuse_foreign(store)
+    (store / "state" / "c" / "0").write_bytes(b"")
+    with pytest.raises(PipeError, match=r"holds rows, but its digest\.json is gone"):
+        refuse_foreign(store)
