@@ -126,8 +126,10 @@ class BatchPlan:
             first = place * self.batch_size + rank * own
             return epoch_of(epoch).order[first : first + own]
 
+        # A group that is hardly more than a batch is over before the next one could be asked for part by part.
+        by_group = self.shuffle == "shards" and self.buffer_shards * self.shard_rows >= 2 * self.batch_size
         for step in range(start, self.total_steps):
-            if self.shuffle == "shards":
+            if by_group:
                 ahead = [self._next_group(step, epoch_of, rank, own)]
                 if step == start:  # and what is left of the group that the run begins in
                     ahead.insert(0, self._rest_of_group(step, epoch_of, rank, own))

@@ -132,6 +132,18 @@ def test_what_is_asked_for_ahead_is_what_comes(shuffle, rank, world_size):
     assert waiting.total() < (1 if shuffle == "full" else 80)  # asked for what the run ends before
 
 
+@pytest.mark.parametrize("batch_size", [30, 64, 100])
+def test_batches_larger_than_a_group_are_asked_for_too(batch_size):
+    p = sharded(rows=np.arange(330), batch_size=batch_size, total_steps=9)
+    waiting, unasked = Counter(), set()
+    for step in p.steps():
+        asked = [row for row in step.rows.tolist() if waiting[row]]
+        unasked |= {step.step} if len(asked) < len(step.rows) else set()
+        waiting.subtract(asked)
+        waiting.update(step.ahead.tolist())
+    assert unasked <= {0}
+
+
 def test_in_shards_the_hints_are_sequences():
     """Taken together over a group's steps, and over processes, they are whole shards in ascending order."""
     p = sharded(rows=np.arange(320), total_steps=32)
