@@ -254,5 +254,5 @@ def test_what_contradicts_itself_is_refused(folder, sets, message):
 
 def test_the_defaults_of_crops_are_those_documented(folder):
     found = load_config(folder / "pipe.yaml", sets=["data.roi={}"]).data.roi
-    assert (found.area, found.aspect) == ((0.3, 1.0), (0.75, 1.3333))
+    assert (found.area, found.aspect) == ((0.75, 1.0), (0.75, 1.3333))
     assert load_config(folder / "pipe.yaml").data.roi is None
