@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -165,7 +166,7 @@ class RowArray:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row's values, without its checksum."""
-        return int(np.prod(self.row_shape)) * self.dtype.itemsize
+        return math.prod(self.row_shape) * self.dtype.itemsize
 
     def file(self, root: Path, shard: int) -> Path:
         return root / chunk_path(self.name, shard, len(self.row_shape) + 1)

@@ -77,7 +77,7 @@ class MappedShards:
             places = self._places(span, rows)
             found = span.rows[places]  # (n,) void: the copy
             stored = span.checksums[places + array.row_bytes] if check else None
-        flat = found.view(np.uint8).reshape(len(rows), array.row_bytes)
+        flat = found.view(np.uint8).reshape(len(rows), array.row_bytes)  # (n, bytes of a row)
         if stored is not None:
             sound = np.fromiter(map(crc32c, flat), np.uint32, len(flat)) == stored
             if not sound.all():
