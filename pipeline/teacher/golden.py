@@ -34,6 +34,7 @@ from pipeline.teacher.teacher import Teacher
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE = ScaleSpec("last", -1, 1)  # every network has it; the tokens compared are those before pooling
+MOST_VALUES = 256  # narrower than any network
 TOLERANCE = 1e-4  # the source's; absolute
 IMAGE = "number 39769 of COCO val2017 (000000039769.jpg, or a .png of it)"
 VALUES_FILE = "expected_dinov3.json"
@@ -117,9 +118,15 @@ def read_golden(folder: Path) -> Golden:
             for network in NETWORKS
             if any(key.startswith(f"{network}_") for key in stated)
         }
-        if not values or not all(numbers for of in values.values() for numbers in of.values()):
-            raise ValueError("no values")
-        return Golden(folder / stated["image"].split()[0], values, float(stated["tolerance"]))
+        numbers = [found for of in values.values() for found in of.values()]
+        if not numbers or not all(
+            0 < len(found) <= MOST_VALUES and all(map(math.isfinite, found)) for found in numbers
+        ):
+            raise ValueError(f"1 to {MOST_VALUES} numbers for each token are expected")
+        tolerance = float(stated["tolerance"])
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(f"a tolerance of {tolerance} says nothing")
+        return Golden(folder / stated["image"].split()[0], values, tolerance)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise PipeError(
             f"cannot read golden values ({type(error).__name__}: {error})",

@@ -204,3 +204,17 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, changes: di
 def test_five_numbers_a_token_are_published():
     assert all(len(numbers) == 5 for of in PUBLISHED.values() for numbers in of.values())
     assert published(Path("x.jpg")).tolerance == 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vits_cls_first5": [0.1] * 300}, {"vits_cls_first5": []}, {"vits_patch0_first5": [float("nan")]}]
+    + [{"tolerance": value} for value in (float("inf"), float("nan"), -1)],
+)
+def test_values_that_could_not_decide_anything_are_refused(tmp_path, change):
+    stated = {"image": "x.png", "tolerance": 1e-4, "vits_cls_first5": [0.5], "vits_patch0_first5": [0.25]}
+    (tmp_path / "expected_dinov3.json").write_text(json.dumps(stated))
+    assert read_golden(tmp_path).values["vits"]["cls"] == (0.5,)
+    (tmp_path / "expected_dinov3.json").write_text(json.dumps(stated | change))
+    with pytest.raises(PipeError, match="cannot read golden values"):
+        read_golden(tmp_path)
