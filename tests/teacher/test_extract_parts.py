@@ -207,6 +207,46 @@ def test_limits_and_growth_end_at_the_same_bytes(
     assert store_bytes(tmp_path / "a.zarr") == store_bytes(tmp_path / "b.zarr")
 
 
+def test_a_growth_that_was_stopped_at_any_file_ends_at_the_same_bytes(
+    make_manifest: MakeManifest, vit: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ended after each file that comes to its place: the same command goes on, and no value counts twice as cut off."""
+    settings = replace(SETTINGS, calibration_rows=4)  # whose steps are too short for the others
+    extract(make_manifest(20), vit, tmp_path / "old.zarr", settings)
+    manifest, expected = grow(tmp_path, 3), tmp_path / "expected.zarr"
+    shutil.copytree(tmp_path / "old.zarr", expected)
+    whole = extract(manifest, vit, expected, settings).cache
+    assert min(whole.saturated_in(2).values()) > 0
+    move, moved = os.replace, list[str]()
+    ended, out = False, tmp_path / "t.zarr"
+
+    def stop_after(survived: int) -> None:
+        def move_or_stop(source: Path, target: Path) -> None:
+            move(source, target)
+            if out in Path(target).parents:
+                moved.append(Path(target).relative_to(out).as_posix())
+                if len(moved) == survived:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", move_or_stop)
+
+    for survived in range(1, 100):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "old.zarr", out)
+        moved.clear()
+        stop_after(survived)
+        try:
+            extract(manifest, vit, out, settings)
+            ended = True
+        except KeyboardInterrupt:
+            monkeypatch.setattr(os, "replace", move)
+            assert extract(manifest, vit, out, settings).rows <= 9  # at most the three and the last shard's old six
+        assert store_bytes(out) == store_bytes(expected), moved[-1]
+        if ended:
+            break
+    assert {"growing.json", "digest.json", "saturated/c/2/0", "seals/c/2/0/0", "state/c/2"} <= set(moved)
+
+
 def test_only_the_shards_that_are_asked_for_are_done_again(make_manifest: MakeManifest, vit: Teacher, tmp_path: Path):
     manifest, out = make_manifest(30), tmp_path / "t.zarr"
     extract(manifest, vit, out, SETTINGS)
