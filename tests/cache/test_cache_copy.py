@@ -120,7 +120,7 @@ def test_a_copy_into_a_cache_is_refused(whole_store: Path, tmp_path: Path) -> No
     """It would lie among the files of that one, which would no longer be sound."""
     (tmp_path / "link").symlink_to(whole_store / "fine")
     for place in (whole_store / "copy", whole_store / "fine" / "c" / "copy", tmp_path / "link" / "copy"):
-        with pytest.raises(PipeError, match="inside a cache.*choose another place"):
+        with pytest.raises(PipeError, match=r"inside a cache.*choose another place"):
             copy_cache(whole_store, place)
     assert not verify(whole_store).damage
 

@@ -22,6 +22,7 @@ from tiny_teacher import SCALES, SIZE, VIT, VIT_ARGS, write_tar
 from pipeline.cache import layout
 from pipeline.cache.codec import ComponentMaxima, ScaleCodec
 from pipeline.cache.codec import to_float16 as numpy_to_float16
+from pipeline.cache.copy import copy_cache
 from pipeline.cache.part import Part
 from pipeline.cache.reader import open_cache
 from pipeline.data.index import build_manifest
@@ -245,6 +246,21 @@ def test_a_growth_that_was_stopped_at_any_file_ends_at_the_same_bytes(
         if ended:
             break
     assert {"growing.json", "digest.json", "saturated/c/2/0", "seals/c/2/0/0", "state/c/2"} <= set(moved)
+
+
+@pytest.mark.parametrize("limit", [3, 12, 18])
+def test_a_limit_loses_no_row_of_a_copy_that_it_fills_up(
+    limit: int, make_manifest: MakeManifest, vit: Teacher, tmp_path: Path
+):
+    manifest = make_manifest(20)
+    extract(manifest, vit, tmp_path / "whole.zarr", SETTINGS)
+    rows = np.array([1, 6, 9, 14, 15, 21])
+    copy_cache(tmp_path / "whole.zarr", tmp_path / "t.zarr", rows=rows)
+    state = extract(manifest, vit, tmp_path / "t.zarr", SETTINGS, limit=limit).cache.state()
+    assert (state[rows] != layout.ABSENT).all()
+    assert (state[:limit] != layout.ABSENT).all()
+    extract(manifest, vit, tmp_path / "t.zarr", SETTINGS)
+    assert store_bytes(tmp_path / "t.zarr") == store_bytes(tmp_path / "whole.zarr")
 
 
 def test_only_the_shards_that_are_asked_for_are_done_again(make_manifest: MakeManifest, vit: Teacher, tmp_path: Path):
