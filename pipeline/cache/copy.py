@@ -37,6 +37,7 @@ from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
 
 BLOCK_BYTES = 8 * 2**20
+ELSEWHERE = "choose another place for the copy"
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,17 @@ def copy_cache(
     wanted = _wanted(cache, rows)
     attributes, small = _header(cache, _known("scale", cache, scales), _known("view", cache, views))
     if out.exists() or out.is_symlink():
-        raise PipeError("there is something already", where=out, fix="choose another place for the copy")
+        raise PipeError("there is something already", where=out, fix=ELSEWHERE)
+    if around := next((f for f in out.absolute().resolve().parents if (f / layout.DIGEST).exists()), None):
+        raise PipeError("this is inside a cache, of which it would be a stray part", where=around, fix=ELSEWHERE)
     _refuse_full_disk(cache, attributes, wanted, out, exact=compress is None)
     partial = out.absolute().parent / f".{out.name}.copying"
     lock = _fresh(partial)
-    try:
-        with _writer(partial, lock, attributes, small, compress) as writer:
-            _copy_shards(cache, writer, wanted, workers)
+    try:  # the lock is held to the end: another copy to this place would clear the folder first
+        writer = _writer(partial, lock, attributes, small, compress)
+        _copy_shards(cache, writer, wanted, workers)
+        with contextlib.suppress(OSError):
+            (partial / layout.TEMPORARY).rmdir()
         os.rename(partial, out)  # raises where somebody put a folder with files there meanwhile
         (out / layout.LOCK).unlink(missing_ok=True)
         sync_folder(out.absolute().parent)
@@ -88,6 +93,8 @@ def copy_cache(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        lock.close()
     copied = open_cache(out)
     return Copied(copied, int((copied.state() == layout.OK).sum()), int((cache.state()[wanted] == layout.ABSENT).sum()))
 
@@ -203,14 +210,24 @@ def _copy_shards(
     todo = np.unique(np.flatnonzero(state != layout.ABSENT) // cache.shard_rows).tolist()
     # A CacheWriter takes one shard at a time; compressing is work that threads can share.
     writing = threading.Lock() if isinstance(writer, CacheWriter) else contextlib.nullcontext()
-    failed: list[Exception] = []  # raised when all threads are at rest: none may write into a folder that is removed
+    # Whatever ends the copy is raised when all threads are at rest: none may write into a folder that is removed.
+    failed: list[BaseException] = []
+    at_work, rest = set[int](), threading.Condition()
 
     def copy(shard: int) -> int:
+        with rest:
+            if failed:
+                return 0
+            at_work.add(shard)
         try:
-            return 0 if failed else copy_shard(shard)
+            return copy_shard(shard)
         except Exception as error:
             failed.append(error)
             return 0
+        finally:
+            with rest:
+                at_work.discard(shard)
+                rest.notify_all()
 
     def copy_shard(shard: int) -> int:
         rows = writer.rows_of(shard)
@@ -224,7 +241,13 @@ def _copy_shards(
         return len(slots)
 
     with progress("copying", total=int((state == layout.OK).sum()), unit="rows") as bar:
-        run_all(copy, todo, workers=workers, scheduler="threads", on_done=bar.advance)
+        try:
+            run_all(copy, todo, workers=workers, scheduler="threads", on_done=bar.advance)
+        except BaseException as error:  # Ctrl-C comes to this thread alone
+            with rest:
+                failed.append(error)
+                rest.wait_for(lambda: not at_work)
+            raise
         if failed:
             raise failed[0]
 

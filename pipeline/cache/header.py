@@ -235,6 +235,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], str, list[str]]:
     return header, str(recorded["sha256"]), files
 
 
+def recorded_settings(path: Path) -> dict[str, Any]:
+    """The settings that the group's attributes speak of, unchecked; growing does not change them, so that they can be
+    read while it is under way. {} where nothing says."""
+    found: Any = read_json(path / layout.METADATA)
+    for key in ("attributes", "settings"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def require_covered(path: Path, covered: list[str], arrays: Iterable[str]) -> None:
     """Refuse a cache whose digest leaves out the metadata of an array that is going to be believed."""
     needed = [layout.METADATA, *(f"{name}/{layout.METADATA}" for name in arrays)]

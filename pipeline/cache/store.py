@@ -38,7 +38,7 @@ def publish(root: Path, file: Path, *parts: Any) -> None:
         raise PipeError(
             f"cannot write the cache: {error.strerror or error}",
             where=file,
-            fix="free some space or fix the permissions, then run the same command: finished shards are kept",
+            fix="free some space or fix the permissions, then run the same command",
         ) from error
 
 

@@ -25,10 +25,10 @@ from pipeline.cache.layout import CacheIdentity, ScaleInfo
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.seals import SEALS, write_seals
+from pipeline.cache.seals import SEALS, read_seals, seal, write_seals
 from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_state, with_crc
 from pipeline.cache.sharing import busy, share
-from pipeline.cache.store import publish
+from pipeline.cache.store import publish, read_bytes
 from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
 
@@ -157,6 +157,19 @@ class CacheWriter:
             if not file.exists() or file.stat().st_size < least:
                 return False
         return True
+
+    def counts_fit(self, index: int) -> bool:
+        """Whether the shard's `saturated` counts the rows that its `state` names. Not so where a stop fell between the
+        two while the shard was being extended; the seals, which lie between them, tell."""
+        if not self._sealed:
+            return True
+        small = {name: layout.chunk_path(name, index, n) for name, n in ((layout.SATURATED, 2), (layout.STATE, 1))}
+        try:
+            seals = read_seals(self.path, index, self.arrays)
+            ends = {name: read_bytes(self.path / file)[-CRC_BYTES:] for name, file in small.items()}
+        except PipeError:
+            return False
+        return all(seals[name] == seal(name, index, end) for name, end in ends.items())
 
     def state_of(self, index: int) -> np.ndarray:
         """(n,) uint8, the state of the shard's rows; all absent where it is not written, or damaged."""

@@ -74,16 +74,24 @@ def work_to_do(
 def _work_in(
     writer: CacheWriter, index: int, rows: np.ndarray, segments: Sequence[int], limit: int | None
 ) -> ShardWork:
-    """Segment by segment: what the shard holds whole is kept; else it is extracted, from its first row on."""
+    """Segment by segment: what the shard holds whole is kept; else it is extracted, from its first row on.
+
+    Nothing is kept where nobody can say how many of its values were cut off: those of other rows may be among them.
+    Where a limit would lose rows that are there (a copy of some), the shard is extracted whole.
+    """
     there = writer.state_of(index) != ABSENT if writer.intact(index) else np.zeros(len(rows), bool)
-    runs, kept, cut = [], np.zeros(0, np.int64), rows[-1] + 1
+    runs, kept, cut, counted = [], np.zeros(0, np.int64), rows[-1] + 1, writer.counts_fit(index)
     for segment in np.split(rows, np.searchsorted(rows, segments[:-1])):
         wanted = segment if limit is None else segment[segment < limit]
-        if len(wanted) and there[segment - rows[0]].all():
+        if counted and len(wanted) and there[segment - rows[0]].all():
             kept = np.concatenate([kept, segment])
         elif len(wanted) and not (len(wanted) < len(segment) and there[wanted - rows[0]].all()):
             runs.append(wanted)
             cut = wanted[0] if len(wanted) < len(segment) else cut
+    lost = there.copy()
+    lost[np.concatenate([kept, *runs]) - rows[0]] = False
+    if runs and limit is not None and lost.any():
+        return _work_in(writer, index, rows, segments, None)
     extends = bool(len(kept)) and len(kept) == there.sum()
     return ShardWork(index, tuple(runs), kept, extends, int(cut))
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from pipeline.cache import layout
-from pipeline.cache.header import CacheFit
+from pipeline.cache.header import CacheFit, recorded_settings
 from pipeline.cache.layout import ABSENT, OK, UNDECODABLE, CacheIdentity, StoredDtype
 from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
@@ -167,7 +167,7 @@ def _precision(out: Path, asked: Precision | Literal["auto"], device: torch.devi
     if asked != "auto":
         return asked
     if (out / layout.DIGEST).exists():  # half a cache in one precision and half in another would be neither
-        stored: Precision | None = open_cache(out).settings.get("precision")
+        stored: Precision | None = recorded_settings(out).get("precision")  # the writer checks all of them
         if stored is not None:
             return stored
     return "bfloat16" if device.type == "cuda" else "float32"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections import namedtuple
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from cache_sample import ROWS, SHARD_ROWS, UNDECODABLE_ROWS, Sample
 
 from pipeline.cache import layout
 from pipeline.cache.audit import verify
+from pipeline.cache.compress import CompressedWriter, Compression
 from pipeline.cache.copy import copy_cache
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.reader import check_matches, open_cache
@@ -108,6 +114,65 @@ def test_damage_is_not_copied_and_leaves_nothing_behind(store: Path, tmp_path: P
     with pytest.raises(PipeError, match=r"1 row \(8\)"):
         copy_cache(store, tmp_path / "copy.zarr")
     assert [entry.name for entry in tmp_path.iterdir()] == ["teacher.zarr"]
+
+
+def test_a_copy_into_a_cache_is_refused(whole_store: Path, tmp_path: Path) -> None:
+    """It would lie among the files of that one, which would no longer be sound."""
+    (tmp_path / "link").symlink_to(whole_store / "fine")
+    for place in (whole_store / "copy", whole_store / "fine" / "c" / "copy", tmp_path / "link" / "copy"):
+        with pytest.raises(PipeError, match=r"inside a cache.*choose another place"):
+            copy_cache(whole_store, place)
+    assert not verify(whole_store).damage
+
+
+def test_an_interrupted_copy_leaves_nothing_behind_while_threads_are_at_work(
+    whole_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes to the calling thread; the others write on for a moment, into a folder that must not come back."""
+    write, started, threads = CompressedWriter.write_shard, threading.Barrier(3), list[threading.Thread]()
+    written: list[int] = []
+
+    def write_slowly(self: CompressedWriter, *arguments: Any) -> None:
+        started.wait(10)
+        time.sleep(0.2)
+        write(self, *arguments)
+        written.append(arguments[0])
+
+    def interrupted(function: Callable[[int], int], items: Sequence[int], **_: Any) -> None:
+        threads.extend(threading.Thread(target=function, args=(item,)) for item in items[:2])
+        for thread in threads:
+            thread.start()
+        started.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CompressedWriter, "write_shard", write_slowly)
+    monkeypatch.setattr("pipeline.cache.copy.run_all", interrupted)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        copy_cache(whole_store, tmp_path / "copy", compress=Compression("zstd"))
+    assert sorted(written) == [0, 1]  # they had come to an end before the folder was removed
+    for thread in threads:
+        thread.join()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_no_other_copy_gets_at_one_that_is_whole(
+    whole_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is locked until it has its name: the other would clear it."""
+    rename, refused = os.rename, []
+
+    def meanwhile(source: Path, target: Path) -> None:
+        with pytest.raises(PipeError, match="another copy"):
+            copy_cache(whole_store, tmp_path / "copy")
+        refused.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", meanwhile)
+    copied = copy_cache(whole_store, tmp_path / "copy").cache
+    assert refused == [tmp_path / "copy"]
+    assert not verify(copied.path).damage
+    assert {entry.name for entry in copied.path.iterdir() if entry.name.startswith(".")} == set()
 
 
 def test_a_killed_copy_is_started_anew_and_a_running_one_left_alone(whole_store: Path, tmp_path: Path) -> None:

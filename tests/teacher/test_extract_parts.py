@@ -22,6 +22,7 @@ from tiny_teacher import SCALES, SIZE, VIT, VIT_ARGS, write_tar
 from pipeline.cache import layout
 from pipeline.cache.codec import ComponentMaxima, ScaleCodec
 from pipeline.cache.codec import to_float16 as numpy_to_float16
+from pipeline.cache.copy import copy_cache
 from pipeline.cache.part import Part
 from pipeline.cache.reader import open_cache
 from pipeline.data.index import build_manifest
@@ -205,6 +206,61 @@ def test_limits_and_growth_end_at_the_same_bytes(
     extract(manifest, vit, tmp_path / "b.zarr", SETTINGS, limit=second)
     extract(manifest, vit, tmp_path / "b.zarr", SETTINGS)
     assert store_bytes(tmp_path / "a.zarr") == store_bytes(tmp_path / "b.zarr")
+
+
+def test_a_growth_that_was_stopped_at_any_file_ends_at_the_same_bytes(
+    make_manifest: MakeManifest, vit: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ended after each file that comes to its place: the same command goes on, and no value counts twice as cut off."""
+    settings = replace(SETTINGS, calibration_rows=4)  # whose steps are too short for the others
+    extract(make_manifest(20), vit, tmp_path / "old.zarr", settings)
+    manifest, expected = grow(tmp_path, 3), tmp_path / "expected.zarr"
+    shutil.copytree(tmp_path / "old.zarr", expected)
+    whole = extract(manifest, vit, expected, settings).cache
+    assert min(whole.saturated_in(2).values()) > 0
+    move, moved = os.replace, list[str]()
+    ended, out = False, tmp_path / "t.zarr"
+
+    def stop_after(survived: int) -> None:
+        def move_or_stop(source: Path, target: Path) -> None:
+            move(source, target)
+            if out in Path(target).parents:
+                moved.append(Path(target).relative_to(out).as_posix())
+                if len(moved) == survived:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "replace", move_or_stop)
+
+    for survived in range(1, 100):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(tmp_path / "old.zarr", out)
+        moved.clear()
+        stop_after(survived)
+        try:
+            extract(manifest, vit, out, settings)
+            ended = True
+        except KeyboardInterrupt:
+            monkeypatch.setattr(os, "replace", move)
+            assert extract(manifest, vit, out, settings).rows <= 9  # at most the three and the last shard's old six
+        assert store_bytes(out) == store_bytes(expected), moved[-1]
+        if ended:
+            break
+    assert {"growing.json", "digest.json", "saturated/c/2/0", "seals/c/2/0/0", "state/c/2"} <= set(moved)
+
+
+@pytest.mark.parametrize("limit", [3, 12, 18])
+def test_a_limit_loses_no_row_of_a_copy_that_it_fills_up(
+    limit: int, make_manifest: MakeManifest, vit: Teacher, tmp_path: Path
+):
+    manifest = make_manifest(20)
+    extract(manifest, vit, tmp_path / "whole.zarr", SETTINGS)
+    rows = np.array([1, 6, 9, 14, 15, 21])
+    copy_cache(tmp_path / "whole.zarr", tmp_path / "t.zarr", rows=rows)
+    state = extract(manifest, vit, tmp_path / "t.zarr", SETTINGS, limit=limit).cache.state()
+    assert (state[rows] != layout.ABSENT).all()
+    assert (state[:limit] != layout.ABSENT).all()
+    extract(manifest, vit, tmp_path / "t.zarr", SETTINGS)
+    assert store_bytes(tmp_path / "t.zarr") == store_bytes(tmp_path / "whole.zarr")
 
 
 def test_only_the_shards_that_are_asked_for_are_done_again(make_manifest: MakeManifest, vit: Teacher, tmp_path: Path):
