@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -49,6 +51,7 @@ def friendly(command: Command) -> Command:
         from pipeline.errors import PipeError, Stopped
 
         setup_logging(logging.DEBUG if debug else logging.INFO)
+        _stop_on_sigterm()
         try:
             command(*args, debug=debug, **kwargs)
         except (typer.Exit, typer.Abort):
@@ -74,6 +77,13 @@ def friendly(command: Command) -> Command:
             raise
 
     return wrapped  # type: ignore[return-value]
+
+
+def _stop_on_sigterm() -> None:
+    """Until a command has handlers of its own, SIGTERM ends it as Ctrl-C does: cleanly, with exit code 75."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _fail(line: str) -> None:

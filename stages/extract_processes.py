@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pipeline.console import log
 from pipeline.errors import PipeError, Stopped
 
 RESUMABLE = 75
+_PR_SET_PDEATHSIG = 1
 
 
 def run(config: Config, processes: int, limit: int | None) -> None:
@@ -31,11 +33,14 @@ def run(config: Config, processes: int, limit: int | None) -> None:
     with tempfile.TemporaryDirectory(prefix="pipe-extract-") as folder:
         resolved = Path(folder) / "pipe.yaml"
         resolved.write_text(config.to_yaml(), encoding="utf-8")
-        parts = [_start(resolved, index, processes, limit) for index in range(processes)]
-        relays = [threading.Thread(target=_relay, args=(part, i, processes)) for i, part in enumerate(parts)]
-        for relay in relays:
-            relay.start()
-        with _signals_to(parts):
+        parts: list[subprocess.Popen[str]] = []
+        with _signals_to(parts) as asked:
+            parts.extend(_start(resolved, index, processes, limit) for index in range(processes))
+            relays = [threading.Thread(target=_relay, args=(part, i, processes)) for i, part in enumerate(parts)]
+            for relay in relays:
+                relay.start()
+            if asked:  # while they were being started
+                _send(parts, signal.SIGTERM)
             codes = _wait(parts)
         for relay in relays:
             relay.join()
@@ -55,8 +60,19 @@ def _start(config: Path, index: int, processes: int, limit: int | None) -> subpr
     if "OMP_NUM_THREADS" not in environment:  # else each would take every core for itself
         environment["OMP_NUM_THREADS"] = str(max(1, len(_cores()) // processes))
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the parent is gone, however it went, so that no part holds a GPU on its own."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _cores() -> Any:
@@ -92,19 +108,22 @@ def _send(parts: list[subprocess.Popen[str]], number: int) -> None:
 
 
 @contextmanager
-def _signals_to(parts: list[subprocess.Popen[str]]) -> Iterator[None]:
-    """SIGTERM and SIGINT go to every part, which stops after its batch at hand; so do we, when all have."""
+def _signals_to(parts: list[subprocess.Popen[str]]) -> Iterator[list[int]]:
+    """SIGTERM and SIGINT go to every part, which stops after its batch at hand; so do we, when all have. Gives the
+    signals that have come."""
+    asked: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         log.warning("stopping %d processes (signal %d)", len(parts), number)
         _send(parts, signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
     before: dict[int, Any] = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -134,3 +136,20 @@ def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setattr(stages.init, "run", fail)
     result = CliRunner().invoke(cli.app, ["init", "--data", "x", "--debug"])
     assert isinstance(result.exception, PipeError)
+
+
+def test_sigterm_before_a_command_has_handlers_of_its_own_is_a_clean_stop():
+    """While it imports, for instance: exit code 75, as for Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+
+        @cli.friendly
+        def command(debug: bool = False) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(typer.Exit) as ended:
+            command()
+        assert ended.value.exit_code == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)

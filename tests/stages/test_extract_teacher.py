@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +97,34 @@ def test_a_source_that_was_replaced_stops_the_extraction(tmp_path: Path):
             index.run(config)
     with pytest.raises(PipeError, match=r"changed since it was indexed, and \d more of 8: was this source replaced"):
         extract_teacher.run(config)
+
+
+def test_parts_end_with_the_process_that_started_them(tiny_tars: Path, tmp_path: Path):
+    """Killed outright, it can stop nobody; the system does, and what was finished goes on by the same command."""
+    config = load_config(config_file(tmp_path))
+    index.run(config)
+    program = "from stages.cli import app; app()"
+    command = [sys.executable, "-c", program, "extract-teacher", "--config", str(tmp_path / "pipe.yaml")]
+    parent = subprocess.Popen([*command, "--processes", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert parent.stderr is not None
+    for line in parent.stderr:
+        if b"[2/2]" in line:  # both parts are there
+            break
+    children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in children)
+    extract_teacher.run(config)
+    assert (open_cache(config.workspace / "teacher.zarr").state() == 1).all()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
