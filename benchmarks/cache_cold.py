@@ -21,8 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from cache_read import build_store
-from common import Timing, interleave, load, machine, markdown, parser, report
+from common import Timing, interleave, load, machine, markdown, parse, parser, report
+from stores import build_store
 
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.training.sampler import STEPS_AHEAD, BatchPlan
@@ -127,16 +127,11 @@ def tabulate(timings: dict[str, Timing], read: dict[str, int]) -> tuple[str, dic
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--rows", type=int, help="rows of the store (8,192; quick 256)")
-    command.add_argument("--batch", type=int, help="rows a batch (256; quick 32)")
-    command.add_argument("--rounds", type=int, help="rounds (5; quick 1)")
     command.add_argument("--folder", type=Path, help="where to put the store: on the disk in question")
-    arguments = command.parse_args()
-    defaults = (256, 32, 1) if arguments.quick else (8192, 256, 5)
-    given = (arguments.rows, arguments.batch, arguments.rounds)
-    rows, batch, rounds = (d if g is None else g for g, d in zip(given, defaults, strict=True))
-    if min(rows, batch, rounds) < 1 or rows < batch:
-        command.error("--rows, --batch and --rounds take whole numbers from 1, --rows at least one batch")
+    counts = {"rows": (8192, 256, "rows of the store"), "batch": (256, 32, "rows a batch"), "rounds": (5, 1, "rounds")}
+    arguments, (rows, batch, rounds) = parse(command, counts)
+    if rows < batch:
+        command.error("--rows takes at least one --batch")
     measure(arguments, rows, batch, rounds)
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from common import load, machine, markdown, parser, report
+from common import load, machine, markdown, parse, parser, report
 from teacher_features import GRIDS, WIDTH, Features, real, synthetic
 
 from pipeline.cache.codec import ComponentMaxima, Fidelity, ScaleCodec, SecondMoment, fit_basis
@@ -149,9 +149,7 @@ def ways() -> list[Way]:
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--real", type=Path, metavar="DATA", help="also photographs and networks from this folder")
-    command.add_argument("--images", type=int, help="images to fit on (192; quick 12); half as many are measured")
-    arguments = command.parse_args()
-    images = arguments.images or (12 if arguments.quick else 192)
+    arguments, (images,) = parse(command, {"images": (192, 12, "images to fit on; half as many are measured")})
     if images < 2:
         command.error("--images takes whole numbers from 2")
     run(arguments, images)

@@ -25,72 +25,19 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 import zarr
-from common import Timing, interleave, load, machine, markdown, parser, report
+from common import Timing, interleave, load, machine, markdown, parse, parser, report
+from stores import Rows, build_store
 
-from pipeline.cache import layout
-from pipeline.cache.codec import ScaleCodec, dequantise
+from pipeline.cache.codec import dequantise
 from pipeline.cache.compress import Compression
 from pipeline.cache.copy import copy_cache
-from pipeline.cache.layout import CacheIdentity, ScaleSpec
-from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.writer import CacheFit, CacheWriter
+from pipeline.cache.reader import Cache
 
-Rows = dict[str, np.ndarray]
 Reader = Callable[[np.ndarray], Rows]
 
-SCALES = (ScaleSpec("fine", -1, 14), ScaleSpec("mid", 8, 7), ScaleSpec("coarse", 4, 7))
-WIDTH, COMPONENTS, GLOBAL_WIDTH = 768, 256, 768
 LIMIT, FLOAT_READERS, SLOW = "np.memmap", ("np.memmap, to float32", "read"), "zarr oindex"
 COMPRESSIONS = (Compression("blosc", 5), Compression("zstd", 3))
 TENSORSTORE_POOL = 16_000_000  # bytes: far more than all shard indexes, far less than the rows
-
-
-def identity_and_fit(rows: int, seed: int = 0) -> tuple[CacheIdentity, CacheFit]:
-    """What a cache of `rows` rows is set up with: random steps, and neither baselines nor fidelity."""
-    rng = np.random.default_rng(seed)
-    basis = np.eye(WIDTH, COMPONENTS, dtype=np.float32)
-    steps = {spec.name: rng.uniform(0.01, 0.1, COMPONENTS).astype(np.float32) for spec in SCALES}
-    identity = CacheIdentity(
-        rows=rows,
-        scales=SCALES,
-        global_width=GLOBAL_WIDTH,
-        teacher={"name": "random numbers"},
-        view={"kind": "crop", "size": 224},
-        manifest_fingerprint="0" * 64,
-        settings={"seed": seed},
-    )
-    fit = CacheFit(
-        codecs={name: ScaleCodec("int8", WIDTH, basis, step) for name, step in steps.items()},
-        calibration_rows=np.arange(0),
-        heldout_rows=np.arange(0),
-        baselines={layout.gram_mean_name(s.name): np.zeros((s.tokens, s.tokens), np.float32) for s in SCALES}
-        | {layout.GLOBAL_MEAN: np.zeros(GLOBAL_WIDTH, np.float32)},
-        baseline_losses={},
-        fidelity={},
-    )
-    return identity, fit
-
-
-def random_rows(rng: np.random.Generator, count: int) -> Rows:
-    """Values of `count` rows, as a shard is written."""
-    values: Rows = {s.name: rng.integers(-127, 128, (count, s.tokens, COMPONENTS), np.int8) for s in SCALES}
-    return values | {layout.GLOBAL: rng.standard_normal((count, GLOBAL_WIDTH), np.float32).astype(np.float16)}
-
-
-def build_store(path: Path, flat: Path, rows: int, seed: int = 0) -> Cache:
-    """A finished cache of random values at `path`, and the same arrays as flat files in `flat`."""
-    rng = np.random.default_rng(seed)
-    identity, fit = identity_and_fit(rows, seed)
-    flat.mkdir()
-    with CacheWriter.create(path, identity, fit) as writer:
-        for shard in range(writer.shards):
-            count = len(writer.rows_of(shard))
-            arrays = random_rows(rng, count)
-            writer.write_shard(shard, arrays, np.full(count, layout.OK, np.uint8))
-            for name, values in arrays.items():
-                with open(flat / name, "ab") as file:
-                    values.tofile(file)
-    return open_cache(path)
 
 
 def readers(cache: Cache, flat: Path) -> dict[str, Reader]:
@@ -172,17 +119,14 @@ def tabulate(timings: dict[str, Timing], batch: int, row_bytes: int) -> tuple[st
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--rows", type=int, help="rows of the store (4,096; quick 256)")
-    command.add_argument("--batch", type=int, help="rows a batch (256; quick 32)")
-    command.add_argument("--rounds", type=int, help="timed batches of each reader (40; quick 3)")
-    command.add_argument("--slow-rounds", type=int, help="timed batches of zarr-python (3; quick 1)")
     command.add_argument("--compressed", action="store_true", help="read compressed copies too")
-    arguments = command.parse_args()
-    defaults = (256, 32, 3, 1) if arguments.quick else (4096, 256, 40, 3)
-    given = (arguments.rows, arguments.batch, arguments.rounds, arguments.slow_rounds)
-    rows, batch, rounds, slow_rounds = (d if g is None else g for g, d in zip(given, defaults, strict=True))
-    if min(rows, batch, rounds, slow_rounds) < 1:
-        command.error("--rows, --batch, --rounds and --slow-rounds take whole numbers from 1")
+    counts = {
+        "rows": (4096, 256, "rows of the store"),
+        "batch": (256, 32, "rows a batch"),
+        "rounds": (40, 3, "timed batches of each reader"),
+        "slow-rounds": (3, 1, "timed batches of zarr-python"),
+    }
+    arguments, (rows, batch, rounds, slow_rounds) = parse(command, counts)
     measure(arguments, rows, batch, rounds, slow_rounds)
 
 

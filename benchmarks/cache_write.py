@@ -34,8 +34,8 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 import zarr
-from cache_read import Rows, identity_and_fit, random_rows
-from common import Timing, interleave, load, machine, markdown, parser, report
+from common import Timing, interleave, load, machine, markdown, parse, parser, report
+from stores import Rows, identity_and_fit, random_rows
 
 from pipeline.cache import layout
 from pipeline.cache.audit import verify
@@ -212,15 +212,12 @@ def tabulate(timings: dict[str, Timing], shard_bytes: int) -> tuple[str, dict[st
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--rows", type=int, help="rows a shard (512; quick 24)")
-    command.add_argument("--rounds", type=int, help="timed shards of each task (12; quick 2)")
-    command.add_argument("--slow-rounds", type=int, help="timed shards of zarr-python, and copies (4; quick 1)")
-    arguments = command.parse_args()
-    defaults = (24, 2, 1) if arguments.quick else (512, 12, 4)
-    given = (arguments.rows, arguments.rounds, arguments.slow_rounds)
-    count, rounds, slow_rounds = (d if g is None else g for g, d in zip(given, defaults, strict=True))
-    if min(count, rounds, slow_rounds) < 1:
-        command.error("--rows, --rounds and --slow-rounds take whole numbers from 1")
+    counts = {
+        "rows": (512, 24, "rows a shard"),
+        "rounds": (12, 2, "timed shards of each task"),
+        "slow-rounds": (4, 1, "timed shards of zarr-python, and copies"),
+    }
+    arguments, (count, rounds, slow_rounds) = parse(command, counts)
     measure(arguments, count, rounds, slow_rounds)
 
 

@@ -31,6 +31,30 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
+def parse(
+    command: argparse.ArgumentParser, counts: Mapping[str, tuple[int, int, str]]
+) -> tuple[argparse.Namespace, list[int]]:
+    """Parse the command line of a benchmark that takes whole numbers from 1.
+
+    Args:
+        counts: option, without its dashes → its default, the default with --quick, and what it counts.
+
+    Returns:
+        the arguments, and the numbers in the order of `counts`.
+    """
+    for option, (full, quick, what) in counts.items():
+        command.add_argument(f"--{option}", type=int, help=f"{what} ({full:,}; quick {quick:,})")
+    arguments = command.parse_args()
+    numbers = []
+    for option, (full, quick, _) in counts.items():
+        given: int | None = getattr(arguments, option.replace("-", "_"))
+        number = (quick if arguments.quick else full) if given is None else given
+        if number < 1:
+            command.error(f"--{option} takes whole numbers from 1")
+        numbers.append(number)
+    return arguments, numbers
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Timing, interleave, load, machine, markdown, parser, report
+from common import Timing, interleave, load, machine, markdown, parse, parser, report
 from PIL import Image
 
 from pipeline.cache.layout import ScaleSpec
@@ -36,7 +36,7 @@ from pipeline.teacher.feed import CPU_IMAGES
 from pipeline.teacher.teacher import Teacher, load_teacher
 
 NAME = "vit_small_patch16_dinov3_qkvb"
-SCALES = (ScaleSpec("fine", -1, 14), ScaleSpec("mid", 8, 7), ScaleSpec("coarse", 4, 7))
+SIZES = {False: (224, (14, 7, 7)), True: (64, (4, 2, 2))}  # --quick → pixels, grids of the scales
 SIZE = (500, 375)
 CALIBRATION = 24
 
@@ -81,15 +81,8 @@ def tabulate(timings: dict[str, Timing], images: int) -> tuple[str, dict[str, fl
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--data", type=Path, help="tars of photographs in place of the made pictures")
-    command.add_argument("--images", type=int, help="images a round (128; quick 4)")
-    command.add_argument("--rounds", type=int, help="rounds (7; quick 1)")
     command.add_argument("--workers", default="auto", help="decoding threads (auto: one a core)")
-    arguments = command.parse_args()
-    defaults = (4, 1) if arguments.quick else (128, 7)
-    given = (arguments.images, arguments.rounds)
-    images, rounds = (d if g is None else g for g, d in zip(given, defaults, strict=True))
-    if min(images, rounds) < 1:
-        command.error("--images and --rounds take whole numbers from 1")
+    arguments, (images, rounds) = parse(command, {"images": (128, 4, "images a round"), "rounds": (7, 1, "rounds")})
     measure(arguments, images, rounds)
 
 
@@ -97,7 +90,9 @@ def measure(arguments: argparse.Namespace, images: int, rounds: int) -> None:
     load_before = load()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     at_once = CPU_IMAGES if device.type == "cpu" else 256
-    teacher = load_teacher(NAME, random_weights=True, image_size=224, scales=SCALES).to(device)
+    pixels, grids = SIZES[arguments.quick]
+    scales = [ScaleSpec(*spec) for spec in zip(("fine", "mid", "coarse"), (-1, 8, 4), grids, strict=True)]
+    teacher = load_teacher(NAME, random_weights=True, image_size=pixels, scales=scales).to(device)
     with tempfile.TemporaryDirectory(prefix="extract.") as name:
         folder = Path(name)
         source = arguments.data or make_tar(folder / "tars", images * (rounds + 1) + 2 * CALIBRATION)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import load, machine, markdown, parser, report
+from common import load, machine, markdown, parse, parser, report
 from PIL import Image
 from teacher_features import VIT_SCALES, images_of, mobilenet, random_dinov3, randomise
 
@@ -130,9 +130,7 @@ def measure(network: Teacher, images: list[Image.Image]) -> dict[str, dict[str, 
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--real", type=Path, metavar="DATA", help="photographs and networks from this folder")
-    command.add_argument("--images", type=int, help="how many (64; quick 4)")
-    arguments = command.parse_args()
-    images = arguments.images or (4 if arguments.quick else 64)
+    arguments, (images,) = parse(command, {"images": (64, 4, "images")})
     if images < 2:
         command.error("--images takes whole numbers from 2")
     run(arguments, images)

@@ -28,22 +28,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from common import interleave, load, machine, markdown, parser, report
+from common import interleave, load, machine, markdown, parse, parser, report
+from stores import Shape, build_store
 
-from pipeline.cache import layout
-from pipeline.cache.codec import ScaleCodec
-from pipeline.cache.layout import CacheIdentity, ScaleSpec
+from pipeline.cache.layout import ScaleSpec
 from pipeline.cache.reader import open_cache
 from pipeline.cache.shards import index_bytes
-from pipeline.cache.writer import CacheFit, CacheWriter
 from pipeline.data.manifest import SCHEMA, Metadata, Source, SplitRule, read_manifest, write_manifest
 
 Figures = dict[str, float]
 
 TAR_ROWS = 9_000
 WORDS = "a the of in with on young old dog man woman red street city light photo background water tree white"
-SCALES = (ScaleSpec("fine", -1, 2), ScaleSpec("coarse", 4, 1))
-COMPONENTS, GLOBAL_WIDTH, SHARD_ROWS = 16, 16, 4096
+SHARD_ROWS = 4096
+TINY = Shape((ScaleSpec("fine", -1, 2), ScaleSpec("coarse", 4, 1)), 64, 16, 16, shard_rows=SHARD_ROWS)
 SMALL, LARGE = "small", "large"
 
 
@@ -93,45 +91,11 @@ def random_manifest(rows: int, seed: int = 0) -> tuple[pa.Table, Metadata]:
     return table, Metadata("/data", None, SplitRule(0.01, False), sources)
 
 
-def build_cache(path: Path, flat: Path, rows: int, seed: int = 0) -> None:
-    """A finished cache of random values at `path`, and the same arrays as flat files in `flat`."""
-    rng = np.random.default_rng(seed)
-    basis, steps = np.eye(64, COMPONENTS, dtype=np.float32), np.full(COMPONENTS, 0.1, np.float32)
-    identity = CacheIdentity(
-        rows=rows,
-        scales=SCALES,
-        global_width=GLOBAL_WIDTH,
-        teacher={"name": "random numbers"},
-        view={"kind": "crop", "size": 224},
-        manifest_fingerprint="0" * 64,
-        settings={"seed": seed},
-    )
-    fit = CacheFit(
-        codecs={spec.name: ScaleCodec("int8", 64, basis, steps) for spec in SCALES},
-        calibration_rows=np.arange(0),
-        heldout_rows=np.arange(0),
-        baselines={layout.gram_mean_name(s.name): np.zeros((s.tokens, s.tokens), np.float32) for s in SCALES}
-        | {layout.GLOBAL_MEAN: np.zeros(GLOBAL_WIDTH, np.float32)},
-        baseline_losses={},
-        fidelity={},
-    )
-    flat.mkdir()
-    with CacheWriter.create(path, identity, fit, shard_rows=SHARD_ROWS) as writer:
-        for shard in range(writer.shards):
-            count = len(writer.rows_of(shard))
-            arrays = {s.name: rng.integers(-127, 128, (count, s.tokens, COMPONENTS), np.int8) for s in SCALES}
-            arrays[layout.GLOBAL] = rng.standard_normal((count, GLOBAL_WIDTH), np.float32).astype(np.float16)
-            writer.write_shard(shard, arrays, np.full(count, layout.OK, np.uint8))
-            for name, values in arrays.items():
-                with open(flat / name, "ab") as file:
-                    values.tofile(file)
-
-
 def build(folder: Path, rows: int) -> Stores:
     folder.mkdir()
     stores = Stores(folder / "manifest.parquet", folder / "teacher.zarr", folder / "flat")
     write_manifest(stores.manifest, *random_manifest(rows))
-    build_cache(stores.cache, stores.flat, rows)
+    build_store(stores.cache, stores.flat, rows, TINY)
     return stores
 
 
@@ -295,15 +259,12 @@ def tabulate(found: dict[str, Figures], rows: dict[str, int]) -> str:
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--rows", type=int, help="rows of the large ones (3,000,000; quick 20,000)")
-    command.add_argument("--small-rows", type=int, help="rows of the small ones (32,768; quick 4,096)")
-    command.add_argument("--rounds", type=int, help="timed batches of 1,024 random rows (40; quick 3)")
-    arguments = command.parse_args()
-    defaults = (20_000, 4_096, 3) if arguments.quick else (3_000_000, 32_768, 40)
-    given = (arguments.rows, arguments.small_rows, arguments.rounds)
-    rows, small_rows, rounds = (d if g is None else g for g, d in zip(given, defaults, strict=True))
-    if min(rows, small_rows, rounds) < 1:
-        command.error("--rows, --small-rows and --rounds take whole numbers from 1")
+    counts = {
+        "rows": (3_000_000, 20_000, "rows of the large ones"),
+        "small-rows": (32_768, 4_096, "rows of the small ones"),
+        "rounds": (40, 3, "timed batches of 1,024 random rows"),
+    }
+    arguments, (rows, small_rows, rounds) = parse(command, counts)
     measure(arguments, {SMALL: small_rows, LARGE: rows}, rounds)
 
 
@@ -320,7 +281,10 @@ def measure(arguments: argparse.Namespace, rows: dict[str, int], rounds: int, ba
             for name, of_rates in pool.submit(rates, stores, batch, rounds).result().items():
                 found[name] |= of_rates
     figures = {f"{name}/{key}": value for name, of_name in found.items() for key, value in of_name.items()}
-    figures |= {f"{name}/rows": count for name, count in rows.items()} | {"batch": batch, "shard_rows": SHARD_ROWS}
+    figures |= {f"{name}/rows": count for name, count in rows.items()} | {
+        "batch": batch,
+        "shard_rows": SHARD_ROWS,
+    }
     report(arguments, machine(("numpy", "pyarrow")), load_before, tabulate(found, rows), figures)
 
 

@@ -135,7 +135,3 @@ def randomise(network: object, seed: int = 0) -> None:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
             else:  # norms, layer scales, biases
                 parameter.copy_(noise.mul(0.3).exp() if parameter.mean() > 0 else noise * 0.1)
-
-
-if __name__ == "__main__":  # `make bench` runs every file of this folder; this one compares nothing
-    print({name: x.shape for name, x in synthetic(2, WIDTH, GRIDS).items()})

@@ -28,6 +28,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     ("name", "ratios"),
     [
         ("cache_read", {"memmap/ratio_of_rate_to_memmap", "memmap/ratio_of_cpu_time_to_memmap"}),
+        ("cache_cold", {"sequential/ratio_of_rate_to_sequential"}),
+        ("extract", {"bare_forward/ratio_of_rate_to_bare_forward", "bare_forward/ratio_of_cpu_time_to_bare_forward"}),
         ("cache_write", {"flat_files/ratio_of_rate_to_flat_files", "CacheWriter/ratio_of_rate_to_ours"}),
         ("loss", {"48/published/ratio_of_cpu_time_to_published"}),
         ("scale", {f"small/ratio_of_{kind}_rate_to_small" for kind in ("record", "captions", "cache", "memmap")}),
@@ -59,10 +61,11 @@ def test_quick_run_prints_one_table_and_writes_the_documented_json(tmp_path: Pat
 def test_readers_that_are_compared_give_the_same_values(benchmark: ModuleType) -> None:
     with tempfile.TemporaryDirectory() as folder:
         flat = Path(folder) / "flat"
-        found = benchmark.readers(benchmark.build_store(Path(folder) / "teacher.zarr", flat, 40), flat)
+        cache = benchmark.build_store(Path(folder) / "teacher.zarr", flat, 40)
+        found = benchmark.readers(cache, flat)
         rows = np.array([39, 0, 7, 7])
         assert len(found) == 7
-        found |= benchmark.compressed_readers(benchmark.open_cache(Path(folder) / "teacher.zarr"), Path(folder))
+        found |= benchmark.compressed_readers(cache, Path(folder))
         assert {"read_raw, blosc", "read_raw, zstd"} < set(found)
         benchmark.check_agreement(found, rows)
         wrong = found | {"read_raw": lambda rows: found["read_raw"](rows[::-1])}
@@ -128,3 +131,10 @@ def test_interleaved_rounds_take_turns_and_ratios_pair_them(benchmark: ModuleTyp
     ours, theirs = benchmark.Timing(wall={1: 2.0, 2: 90.0, 3: 6.0}), benchmark.Timing(wall={1: 1.0, 2: 30.0})
     assert ours.ratio(theirs) == 2.5  # rounds 1 and 2; a slow round slows both
     assert ours.median() == 6.0
+
+
+def test_every_benchmark_is_run_above() -> None:
+    """One that nobody runs is found broken by whoever needs its figures."""
+    helpers = {"common", "stores", "teacher_features"}
+    (runs,) = test_quick_run_prints_one_table_and_writes_the_documented_json.pytestmark
+    assert {path.stem for path in FOLDER.glob("*.py")} == helpers | {case[0] for case in runs.args[1]}
