@@ -8,7 +8,7 @@ Two tasks in turns, on the same pictures, with as many threads:
 
 The teacher is a DINOv3 ViT-S (timm's `vit_small_patch16_dinov3_qkvb`, random weights: they cost what real ones cost)
 at 224 pixels in float32 on a CPU, in bfloat16 on a GPU; scales and PCA as in configs/cc3m.yaml. The pictures are made
-here (500 x 375 JPEG, about as large as CC3M's as img2dataset stores them are small), or photographs with --data.
+here (JPEG, 500 x 375 pixels), or photographs with --data.
 
 A shard is one round; the calibration is not timed. Rate is images per second of wall time.
 """
@@ -37,7 +37,7 @@ from pipeline.teacher.teacher import Teacher, load_teacher
 
 NAME = "vit_small_patch16_dinov3_qkvb"
 SIZES = {False: (224, (14, 7, 7)), True: (64, (4, 2, 2))}  # --quick → pixels, grids of the scales
-SIZE = (500, 375)
+PICTURE = (500, 375)
 CALIBRATION = 24
 
 
@@ -48,7 +48,7 @@ def make_tar(folder: Path, count: int) -> Path:
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for number in range(count):
             coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-            smooth = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC), np.int16)
+            smooth = np.asarray(coarse.resize(PICTURE, Image.Resampling.BICUBIC), np.int16)
             grain = rng.normal(0, 6, smooth.shape).astype(np.int16)
             data = io.BytesIO()
             Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(data, "JPEG", quality=90)

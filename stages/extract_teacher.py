@@ -68,20 +68,20 @@ def _device() -> str | None:
     return f"cuda:{int(local) % gpus}" if gpus > 1 and local.isdigit() else None
 
 
-def load(config: Config) -> Teacher:
-    """The teacher that a configuration names."""
+def load(config: Config, **instead: Any) -> Teacher:
+    """The teacher that a configuration names; `instead`: arguments of `load_teacher` that the caller knows better."""
     teacher = config.teacher
-    return load_teacher(
-        teacher.name,
-        model_args=teacher.model_args,
-        checkpoint=teacher.checkpoint,
-        random_weights=teacher.random_weights,
-        image_size=teacher.image_size,
-        scales=[ScaleSpec(scale.name, scale.layer, scale.grid) for scale in teacher.scales],
-        mean=teacher.mean,
-        std=teacher.std,
-        seed=teacher.seed,
-    )
+    arguments: dict[str, Any] = {
+        "model_args": teacher.model_args,
+        "checkpoint": teacher.checkpoint,
+        "random_weights": teacher.random_weights,
+        "image_size": teacher.image_size,
+        "scales": [ScaleSpec(scale.name, scale.layer, scale.grid) for scale in teacher.scales],
+        "mean": teacher.mean,
+        "std": teacher.std,
+        "seed": teacher.seed,
+    }
+    return load_teacher(teacher.name, **arguments | instead)
 
 
 def settings_of(config: Config) -> Settings:

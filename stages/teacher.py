@@ -21,8 +21,9 @@ from pipeline.teacher.golden import (
     published,
     read_golden,
 )
-from pipeline.teacher.teacher import Teacher, load_teacher
+from pipeline.teacher.teacher import Teacher
 from pipeline.teacher.weights import WeightsUnavailable
+from stages.extract_teacher import load
 
 CLOSE = 0.05  # with random weights, pixels one grey level off moved a value by 0.01, other weights by 1
 
@@ -43,7 +44,7 @@ def check(config: Config, *, image: Path | None, golden: Path | None, as_json: b
     missing = [] if values is not None and values.image.is_file() else [f"the image: {_image(values)}"]
     teacher: Teacher | None = None
     try:
-        teacher = _teacher(config)
+        teacher = load(config, image_size=SIZE, scales=[SCALE], mean=MEAN, std=STD)  # as the values were made
     except WeightsUnavailable as error:
         missing.append(f"the weights: {error.what}, {error.where}")
     if missing or teacher is None or values is None:
@@ -61,22 +62,6 @@ def check(config: Config, *, image: Path | None, golden: Path | None, as_json: b
 
 def _image(values: Golden | None) -> str:
     return f"no file {values.image}" if values is not None else f"{IMAGE}, by --image FILE"
-
-
-def _teacher(config: Config) -> Teacher:
-    """The configured network at the published values' size and depth."""
-    teacher = config.teacher
-    return load_teacher(
-        teacher.name,
-        model_args=teacher.model_args,
-        checkpoint=teacher.checkpoint,
-        random_weights=teacher.random_weights,
-        image_size=SIZE,
-        scales=[SCALE],
-        mean=MEAN,
-        std=STD,
-        seed=teacher.seed,
-    )
 
 
 def _show(teacher: Teacher, found: Comparison, as_json: bool) -> None:

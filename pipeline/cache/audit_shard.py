@@ -39,11 +39,11 @@ class ShardAudit:
 
 def audit_shard(plan: Plan, shard: int) -> ShardAudit:
     """Examine all files of one shard that has some. Nothing in it raises: whatever is wrong is a finding."""
-    before = _content(state_file(plan, shard))
+    before = _content(_state_file(plan, shard))
     if before is None:
         return _without_state(plan, shard)
     found = _Shard(plan, shard, before).run()
-    if found.findings and _content(state_file(plan, shard)) != before:  # an extraction is at work on this shard
+    if found.findings and _content(_state_file(plan, shard)) != before:  # an extraction is at work on this shard
         return _without_state(plan, shard)
     return found
 
@@ -54,7 +54,7 @@ def _without_state(plan: Plan, shard: int) -> ShardAudit:
     return ShardAudit(shard, [Finding(what, file, layout.STATE, shard, kind="unfinished")], (0, 0, 0))
 
 
-def state_file(plan: Plan, shard: int) -> Path:
+def _state_file(plan: Plan, shard: int) -> Path:
     return plan.root / layout.chunk_path(layout.STATE, shard, 1)
 
 

@@ -42,6 +42,7 @@ def share(path: Path, lock: StoreLock, identity: CacheIdentity) -> None:
 
 
 def busy(path: Path, lock: StoreLock, what: str) -> PipeError:
+    """The error of who comes second; `what` the other one is doing: "writing shard 3 of this cache"."""
     return PipeError(
         f"another extraction is {what} ({lock.holders()})",
         where=path,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,17 @@ def _targets(codecs: dict[str, ScaleCodec], features: dict[str, np.ndarray], row
         targets[name] = codec.dequantise(encoded.values, encoded.token_steps)
     targets[layout.GLOBAL] = to_float16(features[layout.GLOBAL][rows])[0].astype(np.float32)
     return targets
+
+
+def die_after_renames(survived: int) -> None:
+    """From now on this process dies as it would put its (survived + 1)-th file in place. For the child of a fork."""
+    done, replace_file = 0, os.replace
+
+    def replace_or_die(source: Path, target: Path) -> None:
+        nonlocal done
+        if done == survived:
+            os._exit(9)
+        done += 1
+        replace_file(source, target)
+
+    os.replace = replace_or_die  # type: ignore[assignment]

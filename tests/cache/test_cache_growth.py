@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_sample import ROWS, Sample
+from cache_sample import ROWS, Sample, die_after_renames
 
 from pipeline.cache import header, layout
 from pipeline.cache.layout import CacheIdentity
@@ -89,7 +89,7 @@ def test_a_growth_that_was_cut_off_at_any_moment_is_carried_out(
         shutil.copytree(store, path)
         child = os.fork()
         if child == 0:
-            _die_after(survived)
+            die_after_renames(survived)
             CacheWriter.resume(path, grown)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -102,19 +102,6 @@ def test_a_growth_that_was_cut_off_at_any_moment_is_carried_out(
             assert writer.missing == [2, 3]
         assert (open_cache(path).rows, open_cache(path).segments) == (27, [21, 27])
         assert not (path / layout.GROWING).exists()
-
-
-def _die_after(survived: int) -> None:
-    done, replace_file = 0, os.replace
-
-    def replace_or_die(source: Path, target: Path) -> None:
-        nonlocal done
-        if done == survived:
-            os._exit(9)
-        done += 1
-        replace_file(source, target)
-
-    os.replace = replace_or_die  # type: ignore[assignment]
 
 
 def test_a_shard_that_is_extended_stays_readable_and_one_that_is_replaced_does_not(

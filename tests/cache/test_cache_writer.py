@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_sample import SHARD_ROWS, Sample
+from cache_sample import SHARD_ROWS, Sample, die_after_renames
 
 from pipeline.cache import layout
 from pipeline.cache import store as files
@@ -175,16 +175,7 @@ def test_death_before_any_rename_can_be_resumed_to_the_same_bytes(
         path = tmp_path / f"c{survived}"
 
         def die_at_rename(path: Path = path, survived: int = survived) -> None:
-            done, replace_file = 0, os.replace
-
-            def replace_or_die(source: Path, target: Path) -> None:
-                nonlocal done
-                if done == survived:
-                    os._exit(9)
-                done += 1
-                replace_file(source, target)
-
-            os.replace = replace_or_die  # type: ignore[assignment]
+            die_after_renames(survived)
             sample.build(path)
 
         assert _in_child(die_at_rename) == 9

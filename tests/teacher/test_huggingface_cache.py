@@ -16,6 +16,7 @@ import pytest
 import yaml
 from huggingface_models import dinov3_vit, save, saved, timm_dinov3_vit
 from safetensors.torch import load_file
+from tiny_config import TINY_CONFIG
 
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.config import load_config
@@ -28,23 +29,10 @@ TIMM = {
     "model_args": {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2},
     "checkpoint": "timm.safetensors",
 }
-SETTINGS: dict[str, Any] = {
-    "image_size": 32,
-    "batch_size": 8,
-    "pca": 16,
-    "calibration_rows": 24,
-    "scales": [{"name": "fine", "layer": -1, "grid": 4}, {"name": "mid", "layer": 1, "grid": 2}],
-}
+OWN = ("name", "model_args", "random_weights")  # what each teacher says itself
+SETTINGS = {key: value for key, value in TINY_CONFIG["teacher"].items() if key not in OWN}
 STUDENT: dict[str, Any] = {
-    "model": {
-        "trunk": {
-            "embed_dim": 16,
-            "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
-            "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-        },
-        "image_size": 32,
-        "student": {"patch": 8, "depth": 2, "text_width": 16, "text_layers": 1},
-    },
+    "model": TINY_CONFIG["model"],
     "train": {"batch_size": 8, "max_steps": 1, "warmup_steps": 0, "transition_depth": 4},
 }
 
