@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from pipeline.cache import layout, seals
+from pipeline.cache import counts, layout, seals
 from pipeline.cache.chunks import check_foreign_document, codec_names, is_plain
 from pipeline.cache.layout import RowArray, ScaleInfo
 from pipeline.cache.local import RowSource
@@ -36,7 +36,7 @@ class Plan:
         rows, shard_rows: R, S.
         arrays: of rows, those of all views.
         views: names of the further views.
-        scales: how many there are.
+        attributes: of the group, as far as they are needed to read its counts.
         sealed: whether it has seals.
         foreign: arrays that another program encoded, or a compressed copy: their bytes are not known, their values are.
         uneven: those of them whose files are not one a shard.
@@ -49,7 +49,7 @@ class Plan:
     shard_rows: int
     arrays: tuple[RowArray, ...]
     views: tuple[str, ...]
-    scales: int
+    attributes: Mapping[str, Any]
     sealed: bool
     foreign: frozenset[str] = frozenset()
     uneven: frozenset[str] = frozenset()
@@ -101,7 +101,7 @@ def plan_of_header(root: Path, header: Mapping[str, Any], documents: Documents, 
         raise ValueError
     sealed = seals.SEALS in documents or f"{seals.SEALS}/{layout.METADATA}" in listed
     otherwise = _foreign(arrays, rows, shard_rows, documents)
-    return Plan(root, rows, shard_rows, arrays, tuple(views), len(scales), sealed, *otherwise)
+    return Plan(root, rows, shard_rows, arrays, tuple(views), header, sealed, *otherwise)
 
 
 def _foreign(
@@ -152,8 +152,7 @@ def array_documents(
     found = {a.name: layout.row_array_document(a, plan.rows, plan.shard_rows) for a in plan.arrays}
     found |= {name: documents[name] for name in plan.foreign}
     found[layout.STATE] = _state_document(plan.rows, plan.shard_rows)
-    shape, chunk = (plan.shards, plan.scales), (1, plan.scales)
-    found[layout.SATURATED] = layout.plain_array_document(shape, chunk, int64, ("shard", "scale"))
+    found[layout.SATURATED] = counts.document(header)
     if plan.sealed:
         found[seals.SEALS] = seals.document(plan.arrays, plan.shards)
     small: dict[str, tuple[tuple[int, ...], np.dtype[Any], tuple[str, ...]]] = {}
@@ -205,5 +204,7 @@ def plan_of_documents(root: Path, documents: Documents) -> Plan | None:
     scales = sum(
         "/" not in array.name and array.name != layout.GLOBAL and len(array.row_shape) == 2 for array in arrays
     )
+    named = documents.get(layout.SATURATED, {}).get("dimension_names") or [""]
+    counting = {"rows": rows, "shard_rows": shard_rows, "scales": [None] * scales, counts.ATTRIBUTE: named[0]}
     otherwise = _foreign(tuple(arrays), rows, shard_rows, documents)
-    return Plan(root, rows, shard_rows, tuple(arrays), tuple(views), scales, False, *otherwise)
+    return Plan(root, rows, shard_rows, tuple(arrays), tuple(views), counting, False, *otherwise)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache import layout
+from pipeline.cache import counts, layout
 from pipeline.cache.audit_file import FileAudit
 from pipeline.cache.audit_plan import Plan
 from pipeline.cache.audit_rows import RowsAudit
@@ -145,9 +145,9 @@ class _Shard:
         return state
 
     def _saturated(self) -> None:
-        file = layout.chunk_path(layout.SATURATED, self.shard, 2)
-        body = self._chunk(layout.SATURATED, file, _content(self.plan.root / file), 8 * self.plan.scales)
-        if body is not None and (np.frombuffer(body, "<i8") < 0).any():
+        file, length = layout.chunk_path(layout.SATURATED, self.shard, 2), counts.chunk_bytes(self.plan.attributes)
+        body = self._chunk(layout.SATURATED, file, _content(self.plan.root / file), length)
+        if body is not None and (counts.parse(body, self.plan.attributes) < 0).any():
             self._note("negative counts", layout.SATURATED, file)
 
     def _seals(self, extended: bool) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pipeline.cache import layout, seals
+from pipeline.cache import counts, layout, seals
 from pipeline.cache.layout import RowArray
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.reader import open_cache
@@ -87,6 +87,7 @@ class CompressedWriter:
         cache = open_cache(path)
         self.path, self.compression, self._lock = path, compression, lock
         self.arrays, self.scales, self.rows, self.shard_rows = cache.arrays, cache.scales, cache.rows, cache.shard_rows
+        self.counting = cache.counting
 
     def __enter__(self) -> CompressedWriter:
         return self
@@ -101,7 +102,7 @@ class CompressedWriter:
         return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.rows))
 
     def write_shard(
-        self, index: int, arrays: Mapping[str, np.ndarray], state: np.ndarray, saturated: Mapping[str, int]
+        self, index: int, arrays: Mapping[str, np.ndarray], state: np.ndarray, saturated: np.ndarray
     ) -> None:
         """Arguments as those of `CacheWriter.write_shard`; `state` last, as there."""
         slots, how = np.flatnonzero(state == layout.OK), self.compression
@@ -110,8 +111,8 @@ class CompressedWriter:
             values = arrays[array.name][slots]
             parts = compressed_shard(array, values, slots, self.shard_rows, how.rows_per_chunk, encode)
             publish(self.path, array.file(self.path, index), *parts)
-        counts = np.array([saturated.get(scale.name, 0) for scale in self.scales], "<i8")
-        publish(self.path, self.path / layout.chunk_path(layout.SATURATED, index, 2), with_crc(counts.tobytes()))
+        cut_off = counts.chunk(saturated, self.counting)
+        publish(self.path, self.path / layout.chunk_path(layout.SATURATED, index, 2), cut_off)
         padded = np.zeros(self.shard_rows, np.uint8)
         padded[: len(state)] = state
         publish(self.path, self.path / layout.chunk_path(layout.STATE, index, 1), with_crc(padded.tobytes()))

@@ -234,10 +234,9 @@ def _copy_shards(
         here = state[rows.start : rows.stop]
         slots = np.flatnonzero(here == layout.OK)
         arrays = {array.name: _stored(cache, array, rows.start, len(here), slots) for array in writer.arrays}
-        whole = np.array_equal(here, cache.state()[rows.start : rows.stop])
-        saturated = cache.saturated_in(shard) if whole else {}
+        cut_off = _cut_off(cache, writer, shard, here)
         with writing:
-            writer.write_shard(shard, arrays, here, saturated)
+            writer.write_shard(shard, arrays, here, cut_off)
         return len(slots)
 
     with progress("copying", total=int((state == layout.OK).sum()), unit="rows") as bar:
@@ -250,6 +249,22 @@ def _copy_shards(
             raise
         if failed:
             raise failed[0]
+
+
+def _cut_off(cache: Cache, writer: CacheWriter | CompressedWriter, shard: int, state: np.ndarray) -> np.ndarray:
+    """(n, L) values cut off in the rows of a shard that are copied, of the writer's scales; state (n,) of its rows.
+
+    Where they are known of whole shards only, a shard in part has none, and a whole one all of them in its first row.
+    """
+    names = [scale.name for scale in cache.scales]
+    known = cache.counts(shard)[:, [names.index(scale.name) for scale in writer.scales]]
+    found = np.zeros((len(state), known.shape[1]), np.int64)
+    if cache.counts_by_row:
+        copied = state != layout.ABSENT
+        found[copied] = known[: len(state)][copied]
+    elif np.array_equal(state, cache.state()[shard * cache.shard_rows :][: len(state)]):
+        found[0] = known[0]
+    return found
 
 
 def _stored(cache: Cache, array: RowArray, first: int, count: int, slots: np.ndarray) -> np.ndarray:

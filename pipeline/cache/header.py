@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache import layout
+from pipeline.cache import counts, layout
 from pipeline.cache.codec import ScaleCodec
 from pipeline.cache.layout import CacheIdentity, ScaleInfo
 from pipeline.cache.seals import SEALS
@@ -75,6 +75,7 @@ def build_header(identity: CacheIdentity, fit: CacheFit, shard_rows: int | None)
         "format": layout.FORMAT,
         "version": layout.VERSION,
         "segments": [identity.rows],
+        counts.ATTRIBUTE: counts.BY_ROW,
         "views": views,
         "shard_rows": shard_rows or layout.auto_shard_rows(row_bytes, identity.rows),
         "scales": [asdict(info) for info in infos],
@@ -119,13 +120,10 @@ def _row_documents(attributes: dict[str, Any]) -> dict[str, bytes]:
         for array in layout.row_arrays(scales, attributes["global_width"], attributes.get("views", []))
     }
     documents[layout.STATE] = layout.plain_array_document((rows,), (shard_rows,), np.dtype("u1"), ("row",))
-    shape = (-(-rows // shard_rows), len(scales))
     documents[SEALS] = seals_document(
-        layout.row_arrays(scales, attributes["global_width"], attributes.get("views", [])), shape[0]
+        layout.row_arrays(scales, attributes["global_width"], attributes.get("views", [])), -(-rows // shard_rows)
     )
-    documents[layout.SATURATED] = layout.plain_array_document(
-        shape, (1, len(scales)), np.dtype("<i8"), ("shard", "scale")
-    )
+    documents[layout.SATURATED] = counts.document(attributes)
     if attributes.get("views", []):
         groups = [layout.VIEWS, *(f"{layout.VIEWS}/{view}" for view in attributes.get("views", []))]
         documents |= dict.fromkeys(groups, layout.group_document({}))

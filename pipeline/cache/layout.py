@@ -207,7 +207,7 @@ def auto_shard_rows(row_bytes: int, rows: int) -> int:
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CRC = {"name": "crc32c"}
-_ZARR_TYPES = {"i1": "int8", "u1": "uint8", "f2": "float16", "f4": "float32", "i8": "int64"}
+_ZARR_TYPES = {"i1": "int8", "u1": "uint8", "f2": "float16", "f4": "float32", "i4": "int32", "i8": "int64"}
 
 
 def _value_codecs(dtype: np.dtype[Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from pipeline.cache import codec, layout
+from pipeline.cache import codec, counts, layout
 from pipeline.cache.ahead import Ahead
 from pipeline.cache.chunks import check_foreign_document, is_plain
 from pipeline.cache.header import read_header, read_small, require_covered
@@ -70,6 +70,8 @@ class Cache:
         fidelity: what is lost against the raw teacher, per scale, on held-out rows.
         roi_cosine: scale → share of the area → cosine of a resampled map to the teacher's of that crop; {} if unknown.
         calibration_rows, heldout_rows: int64.
+        counts_by_row: whether values cut off are known of each row, else of whole shards only.
+        counting: those attributes that say how they are stored (see `counts`).
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Cache:
         self.baseline_losses: dict[str, Any] = header["baseline_losses"]
         self.fidelity: dict[str, Any] = header["fidelity"]
         self.roi_cosine: dict[str, dict[str, float]] = header["roi_cosine"]
+        self.counting = {key: header.get(key) for key in ("rows", "shard_rows", "scales", counts.ATTRIBUTE)}
+        self.counts_by_row = counts.by_row(header)
         self.views: list[str] = header["views"]
         self.arrays = layout.row_arrays(self.scales, self.global_width, self.views)
         self._by_view = {view: self._arrays_of(view) for view in (None, *self.views)}
@@ -143,18 +147,23 @@ class Cache:
     @property
     def saturated(self) -> dict[str, int]:
         """Values cut off at ±127 (or at float16's range) so far, by scale."""
-        counts = {scale.name: 0 for scale in self.scales}
+        found = {scale.name: 0 for scale in self.scales}
         for shard in range(self.shards):
-            counts = {name: total + self.saturated_in(shard)[name] for name, total in counts.items()}
-        return counts
+            found = {name: total + self.saturated_in(shard)[name] for name, total in found.items()}
+        return found
 
     def saturated_in(self, shard: int) -> dict[str, int]:
         """The same, of one shard; zeros where none has been written."""
+        totals = self.counts(shard).sum(axis=0).tolist()
+        return {scale.name: total for scale, total in zip(self.scales, totals, strict=True)}
+
+    def counts(self, shard: int) -> np.ndarray:
+        """Values cut off in the rows of a shard, by scale in their order: (S, L) int64, of caches that count whole
+        shards only (1, L); zeros where none has been written."""
         file = self.path / layout.chunk_path(layout.SATURATED, shard, 2)
         if (data := bytes_if_there(file)) is None:
-            return {scale.name: 0 for scale in self.scales}
-        counts = np.frombuffer(without_crc(data, file), "<i8").tolist()
-        return {scale.name: count for scale, count in zip(self.scales, counts, strict=True)}
+            return np.zeros((self.shard_rows if self.counts_by_row else 1, len(self.scales)), np.int64)
+        return counts.parse(without_crc(data, file), self.counting)
 
     def refresh(self) -> None:
         """Forget `state` and all open shards, so that rows written since the last look are seen."""

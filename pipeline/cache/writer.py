@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache import layout
+from pipeline.cache import counts, layout
 from pipeline.cache.codec import ScaleCodec
 from pipeline.cache.header import (
     CacheFit,
@@ -25,10 +25,10 @@ from pipeline.cache.layout import CacheIdentity, ScaleInfo
 from pipeline.cache.locks import StoreLock
 from pipeline.cache.part import Part
 from pipeline.cache.reader import Cache, open_cache
-from pipeline.cache.seals import SEALS, read_seals, seal, write_seals
+from pipeline.cache.seals import SEALS, write_seals
 from pipeline.cache.shards import CRC_BYTES, assemble_shard, index_bytes, read_state, with_crc
 from pipeline.cache.sharing import busy, share
-from pipeline.cache.store import publish, read_bytes
+from pipeline.cache.store import publish
 from pipeline.errors import PipeError
 from pipeline.run_folder import sync_folder
 
@@ -49,6 +49,7 @@ class CacheWriter:
         self.path, self.rows, self.shard_rows, self.shards = path, cache.rows, cache.shard_rows, cache.shards
         self.arrays, self.scales, self.part = cache.arrays, cache.scales, part
         self.codecs = {s.name: _stored_codec(cache, s) for s in cache.scales}
+        self.counting = cache.counting
         self._sealed = (path / SEALS / layout.METADATA).exists()  # caches of older writers have no seals
         if (held := lock.claim(part.shards(self.shards))) is not None:
             raise busy(path, lock, f"writing shard {held} of this cache")
@@ -158,19 +159,6 @@ class CacheWriter:
                 return False
         return True
 
-    def counts_fit(self, index: int) -> bool:
-        """Whether the shard's `saturated` counts the rows that its `state` names. Not so where a stop fell between the
-        two while the shard was being extended; the seals, which lie between them, tell."""
-        if not self._sealed:
-            return True
-        small = {name: layout.chunk_path(name, index, n) for name, n in ((layout.SATURATED, 2), (layout.STATE, 1))}
-        try:
-            seals = read_seals(self.path, index, self.arrays)
-            ends = {name: read_bytes(self.path / file)[-CRC_BYTES:] for name, file in small.items()}
-        except PipeError:
-            return False
-        return all(seals[name] == seal(name, index, end) for name, end in ends.items())
-
     def state_of(self, index: int) -> np.ndarray:
         """(n,) uint8, the state of the shard's rows; all absent where it is not written, or damaged."""
         n = len(self.rows_of(index))
@@ -200,7 +188,7 @@ class CacheWriter:
         index: int,
         arrays: Mapping[str, np.ndarray],
         state: np.ndarray,
-        saturated: Mapping[str, int] | None = None,
+        saturated: np.ndarray | None = None,
         *,
         extends: bool = False,
     ) -> None:
@@ -210,7 +198,7 @@ class CacheWriter:
             arrays: scale → (n, T, K) in the stored dtype, "<scale>_steps" (n, T) float32 for int8_token scales,
                 "global" (n, C) float16, with n = len(rows_of(index)). Rows whose state is not 1 are not stored.
             state: (n,) uint8.
-            saturated: values cut off in this shard, by scale.
+            saturated: (n, L) int, values cut off in each row, by scale in their order.
             extends: the rows that the shard holds already are among `arrays`, byte for byte; they stay readable
                 throughout. Else the shard promises nothing while it is replaced.
 
@@ -233,8 +221,8 @@ class CacheWriter:
             chunks, chunk_index = assemble_shard(values, present)
             publish(self.path, array.file(self.path, index), chunks, chunk_index)
             checksums[array.name] = chunks[:, -CRC_BYTES:].tobytes()
-        counts = np.array([(saturated or {}).get(scale.name, 0) for scale in self.scales], "<i8")
-        counts_bytes = with_crc(counts.tobytes())
+        none = np.zeros((len(state), len(self.scales)), np.int64)
+        counts_bytes = counts.chunk(none if saturated is None else saturated, self.counting)
         publish(self.path, self.path / layout.chunk_path(layout.SATURATED, index, 2), counts_bytes)
         padded = np.zeros(self.shard_rows, np.uint8)
         padded[: len(state)] = state

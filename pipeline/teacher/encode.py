@@ -36,15 +36,12 @@ class ShardWork:
         runs: (r,) int64 each: neighbouring rows to extract; a batch never holds rows of two runs.
         kept: (k,) int64: rows that stay as they are, because the cache had them all before it grew.
         extends: whether these are all that the shard holds, so that it stays readable while it is written again.
-        counted_below: values cut off count in rows below this one: those of a run that a limit cuts count when the run
-            is extracted whole, or they would count twice.
     """
 
     shard: int
     runs: tuple[np.ndarray, ...]
     kept: np.ndarray
     extends: bool
-    counted_below: int
 
     @property
     def rows(self) -> int:
@@ -76,24 +73,21 @@ def _work_in(
 ) -> ShardWork:
     """Segment by segment: what the shard holds whole is kept; else it is extracted, from its first row on.
 
-    Nothing is kept where nobody can say how many of its values were cut off: those of other rows may be among them.
     Where a limit would lose rows that are there (a copy of some), the shard is extracted whole.
     """
     there = writer.state_of(index) != ABSENT if writer.intact(index) else np.zeros(len(rows), bool)
-    runs, kept, cut, counted = [], np.zeros(0, np.int64), rows[-1] + 1, writer.counts_fit(index)
+    runs, kept = [], np.zeros(0, np.int64)
     for segment in np.split(rows, np.searchsorted(rows, segments[:-1])):
         wanted = segment if limit is None else segment[segment < limit]
-        if counted and len(wanted) and there[segment - rows[0]].all():
+        if len(wanted) and there[segment - rows[0]].all():
             kept = np.concatenate([kept, segment])
         elif len(wanted) and not (len(wanted) < len(segment) and there[wanted - rows[0]].all()):
             runs.append(wanted)
-            cut = wanted[0] if len(wanted) < len(segment) else cut
     lost = there.copy()
     lost[np.concatenate([kept, *runs]) - rows[0]] = False
     if runs and limit is not None and lost.any():
         return _work_in(writer, index, rows, segments, None)
-    extends = bool(len(kept)) and len(kept) == there.sum()
-    return ShardWork(index, tuple(runs), kept, extends, int(cut))
+    return ShardWork(index, tuple(runs), kept, extends=bool(len(kept)) and len(kept) == there.sum())
 
 
 class ShardEncoder:
@@ -118,7 +112,7 @@ class ShardEncoder:
         n = len(self.writer.rows_of(work.shard))
         self.arrays = {a.name: np.zeros((n, *a.row_shape), a.dtype) for a in self.writer.arrays}
         self.state = np.full(n, ABSENT, np.uint8)
-        self.saturated = dict.fromkeys(self.codecs, 0)
+        self.saturated = np.zeros((n, len(self.codecs)), np.int64)  # values cut off, by row and scale
         if len(work.kept):
             self._keep(work)
 
@@ -129,7 +123,11 @@ class ShardEncoder:
         ok = work.kept[kept_state == OK]
         for array in cache.arrays:  # of all views
             self.arrays[array.name][ok - self.first] = cache.source.gather(array, ok, True)
-        self.saturated = cache.saturated_in(work.shard)
+        counts, places = cache.counts(work.shard), work.kept - self.first
+        if cache.counts_by_row:
+            self.saturated[places] = counts[places]
+        else:  # known of the whole shard only
+            self.saturated[places[0]] = counts[0]
 
     def add(self, batch: FeatureBatch) -> None:
         """Encode one batch, every view of it: y = Vᵀx, quantised."""
@@ -138,19 +136,18 @@ class ShardEncoder:
         places = places[batch.ok]
         if not len(places):
             return
-        self._encode(batch.features, places, "", batch.rows[0] < self.work.counted_below)
+        self._encode(batch.features, places, "")
         for view, (features, geometry) in batch.views.items():
-            self._encode(features, places, layout.view_name(view, ""), batch.rows[0] < self.work.counted_below)
+            self._encode(features, places, layout.view_name(view, ""))
             self.arrays[layout.view_name(view, layout.GEOMETRY)][places] = geometry
 
-    def _encode(self, features: Features, places: np.ndarray, prefix: str, counts: bool) -> None:
-        for name, codec in self.codecs.items():
+    def _encode(self, features: Features, places: np.ndarray, prefix: str) -> None:
+        for scale, (name, codec) in enumerate(self.codecs.items()):
             values, token_steps, saturated = codec.encode(features[name])
             self.arrays[prefix + name][places] = values.cpu().numpy()
             if token_steps is not None:
                 self.arrays[prefix + layout.steps_name(name)][places] = token_steps.cpu().numpy()
-            if counts:
-                self.saturated[name] += saturated
+            self.saturated[places, scale] += saturated
         self.arrays[prefix + GLOBAL][places] = to_float16(features[GLOBAL])[0].cpu().numpy()
 
     def publish(self) -> None:
@@ -180,8 +177,9 @@ class TensorCodec:
         self.basis = None if codec.basis is None else torch.from_numpy(np.array(codec.basis)).to(device)
         self.steps = None if codec.steps is None else torch.from_numpy(np.array(codec.steps)).to(device)
 
-    def encode(self, features: Tensor) -> tuple[Tensor, Tensor | None, int]:
-        """features (m, T, C) float32 → values (m, T, K), per-token steps (m, T) for int8_token, values cut off."""
+    def encode(self, features: Tensor) -> tuple[Tensor, Tensor | None, np.ndarray]:
+        """features (m, T, C) float32 → values (m, T, K), per-token steps (m, T) for int8_token, how many were
+        cut off in each image (m,)."""
         coefficients = features if self.basis is None else features @ self.basis
         if self.dtype == "float16":
             values, beyond = to_float16(coefficients)
@@ -189,27 +187,31 @@ class TensorCodec:
         if self.dtype == "int8_token":
             token_steps = coefficients.abs().amax(dim=-1) / LEVELS
             divisor = torch.where(token_steps > 0, token_steps, 1.0)[..., None]
-            return _to_int8(coefficients / divisor)[0], token_steps, 0
+            return _to_int8(coefficients / divisor)[0], token_steps, np.zeros(len(features), np.int64)
         assert self.steps is not None
         values, beyond = _to_int8(coefficients / self.steps)
         return values, None, beyond
 
 
-def to_float16(values: Tensor) -> tuple[Tensor, int]:
-    """As `codec.to_float16`: what lies beyond float16's range is cut and counted; PipeError for what is not finite."""
+def to_float16(values: Tensor) -> tuple[Tensor, np.ndarray]:
+    """As `codec.to_float16`, counted by image: values (m, ...), what lies beyond float16's range is cut and counted
+    (m,); PipeError for what is not finite."""
     beyond = _beyond(values, FLOAT16_MAX)
     return values.clamp(-FLOAT16_MAX, FLOAT16_MAX).half(), beyond
 
 
-def _to_int8(levels: Tensor) -> tuple[Tensor, int]:
+def _to_int8(levels: Tensor) -> tuple[Tensor, np.ndarray]:
     levels = levels.round_()  # ties to even
     beyond = _beyond(levels, LEVELS)
-    return (levels.clamp_(-LEVELS, LEVELS) if beyond else levels).to(torch.int8), beyond
+    return (levels.clamp_(-LEVELS, LEVELS) if beyond.any() else levels).to(torch.int8), beyond
 
 
-def _beyond(values: Tensor, most: float) -> int:
-    """How many lie outside ±most. One look at the extremes usually answers that, and whether all are finite."""
+def _beyond(values: Tensor, most: float) -> np.ndarray:
+    """(m,) how many of each image lie outside ±most. One look at the extremes usually answers that, and whether all are
+    finite."""
     low, high = (float(extreme) for extreme in torch.aminmax(values))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise PipeError("the teacher's features are not finite", fix="run the teacher in float32 or bf16")
-    return 0 if -most <= low and high <= most else int((values.abs() > most).sum())
+    if -most <= low and high <= most:
+        return np.zeros(len(values), np.int64)
+    return (values.abs() > most).flatten(1).sum(1).cpu().numpy()

@@ -37,14 +37,16 @@ class Sample:
     features: dict[str, np.ndarray]
     views: tuple[str, ...] = ()
 
-    def stored(self, rows: range | np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-        """The rows' arrays as `write_shard` takes them, and what was cut off."""
-        index, arrays, saturated = np.asarray(rows), {}, dict.fromkeys(self.fit.codecs, 0)
+    def stored(self, rows: range | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The rows' arrays as `write_shard` takes them, and what was cut off of each (n, scales)."""
+        index, arrays = np.asarray(rows), dict[str, np.ndarray]()
+        saturated = np.zeros((len(index), len(self.fit.codecs)), np.int64)
         for view in ("", *(layout.view_name(view, "") for view in self.views)):
-            for name, codec in self.fit.codecs.items():
+            for scale, (name, codec) in enumerate(self.fit.codecs.items()):
                 encoded = codec.encode(self.features[view + name][index])
                 arrays[view + name] = encoded.values
-                saturated[name] += encoded.saturated
+                alone = [codec.encode(self.features[view + name][[row]]).saturated for row in index]
+                saturated[:, scale] += np.where(self.state[index] == layout.OK, alone, 0)
                 if encoded.token_steps is not None:
                     arrays[view + layout.steps_name(name)] = encoded.token_steps
             arrays[view + layout.GLOBAL] = self.features[view + layout.GLOBAL][index].astype(np.float16)

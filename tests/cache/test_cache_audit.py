@@ -294,7 +294,7 @@ def test_two_exchanged_shards_are_both_found(sample: Sample, tmp_path: Path, arr
 
 def test_exchanged_seals_and_counts_are_found(store: Path) -> None:
     saturated = [store / "saturated" / "c" / str(shard) / "0" for shard in (0, 1)]
-    saturated[0].write_bytes(with_crc(np.array([1, 2, 3], "<i8").tobytes()))
+    saturated[0].write_bytes(with_crc(np.arange(3 * SHARD_ROWS, dtype="<i4").tobytes()))
     assert said(verify(store)) == [("saturated/c/0/0", 0, [])]
     swap_files(store / "seals" / "c" / "1" / "0" / "0", store / "seals" / "c" / "2" / "0" / "0")
     assert said(verify(store))[1:] == [("seals/c/1/0/0", 1, []), ("seals/c/2/0/0", 2, [])]

@@ -80,7 +80,7 @@ def test_a_sound_compressed_store_is_sound_and_its_want_of_seals_is_said(
     assert len(report.notes) == 1
     assert "compressed copy" in report.notes[0]
     row_bytes = sum(array.row_bytes + 4 for array in open_cache(whole_store).arrays)
-    assert report.bytes_read == len(OK_ROWS) * row_bytes + 3 * (SHARD_ROWS + 4 + 3 * 8 + 4)
+    assert report.bytes_read == len(OK_ROWS) * row_bytes + 3 * (SHARD_ROWS + 4 + 3 * 4 * SHARD_ROWS + 4)
 
 
 def test_every_flipped_bit_of_a_compressed_store_is_found(compressed: Path) -> None:

@@ -58,10 +58,10 @@ def killed_after(files: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def extend(writer_: CacheWriter, sample: Sample, new: int) -> None:
     """Write shard 2 again with its 5 old rows and copies of the first three, in state `new`."""
     arrays, saturated = sample.stored(range(16, ROWS))
-    more, _ = sample.stored(range(3))
+    more, beside = sample.stored(range(3))
     state = np.append(sample.state[16:], np.full(3, new, np.uint8))
     joined = {name: np.concatenate([values, more[name]]) for name, values in arrays.items()}
-    writer_.write_shard(2, joined, state, saturated, extends=True)
+    writer_.write_shard(2, joined, state, np.concatenate([saturated, beside]), extends=True)
 
 
 @pytest.mark.parametrize("files", range(1, 10))

@@ -54,7 +54,7 @@ def set_geometry(sample: Sample, store: Path, row: int, geometry: list[float], v
             arrays[array.name] = np.zeros((len(rows), *array.row_shape), array.dtype)
             arrays[array.name][slots] = cache.source.gather(array, rows[slots], True)
         arrays[layout.view_name(view, layout.GEOMETRY)][row - rows[0]] = geometry
-        writer.write_shard(shard, arrays, np.array(cache.state()[rows]), cache.saturated_in(shard))
+        writer.write_shard(shard, arrays, np.array(cache.state()[rows]), cache.counts(shard)[: len(rows)])
 
 
 @pytest.fixture

@@ -49,20 +49,21 @@ def test_rows_keep_their_numbers_and_their_bytes(whole_store: Path, tmp_path: Pa
     with pytest.raises(PipeError, match="absent"):
         cache.read([2])
     assert not (tmp_path / "copy.zarr" / "state" / "c" / "1").exists()
-    assert cache.saturated == {"fine": 0, "mid": 0, "raw": 0}  # known of whole shards only
+    rows = np.concatenate([source.counts(shard) for shard in range(3)])[[1, 3, 5, 19, 20]]
+    assert [*cache.saturated.values()] == rows.sum(axis=0).tolist()
     report = verify(tmp_path / "copy.zarr")
     assert report.findings == []
     assert report.rows == {"ok": 3, "undecodable": 2, "absent": 16}
 
 
-def test_what_was_cut_off_counts_where_a_shard_is_copied_whole(store: Path, tmp_path: Path, sample: Sample) -> None:
+def test_what_was_cut_off_goes_with_its_row(store: Path, tmp_path: Path, sample: Sample) -> None:
     with CacheWriter.create(store, sample.identity, sample.fit) as writer:  # type: ignore[union-attr]
         for shard in range(3):
             arrays, _ = sample.stored(writer.rows_of(shard))
             rows = np.asarray(writer.rows_of(shard))
-            writer.write_shard(shard, arrays, sample.state[rows], {"fine": 1 + shard, "mid": 10, "raw": 100})
+            writer.write_shard(shard, arrays, sample.state[rows], np.outer(rows, [1, 100, 10_000]))
     copied = copy_cache(store, tmp_path / "copy.zarr", rows=np.arange(8, ROWS - 1), scales=["fine", "raw"])
-    assert copied.cache.saturated == {"fine": 2, "raw": 100}  # of shard 1; of shard 2 the last row is away
+    assert copied.cache.saturated == {"fine": sum(range(8, 20)), "raw": 10_000 * sum(range(8, 20))}
 
 
 def test_a_scale_is_left_out_with_all_that_concerns_it(whole_store: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import numpy as np
 import pytest
 from cache_sample import SHARD_ROWS, Sample, die_after_renames
 
-from pipeline.cache import layout
+from pipeline.cache import counts, layout
 from pipeline.cache import store as files
+from pipeline.cache.audit import verify
+from pipeline.cache.copy import copy_cache
 from pipeline.cache.reader import open_cache
+from pipeline.cache.shards import with_crc
 from pipeline.cache.writer import CacheWriter
 from pipeline.errors import PipeError
 
@@ -235,13 +240,40 @@ def test_a_lost_or_shortened_file_makes_its_shard_unfinished(sample: Sample, sto
 
 
 def test_saturated_values_are_counted_over_all_shards(sample: Sample, whole_store: Path) -> None:
-    expected = dict.fromkeys(sample.fit.codecs, 0)
-    for shard in range(3):
-        rows = np.arange(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, 21))
-        for name, n in sample.stored(rows)[1].items():
-            expected[name] += n
-    assert open_cache(whole_store).saturated == expected
+    cache, ok = open_cache(whole_store), sample.state == layout.OK
+    expected = {name: codec.encode(sample.features[name][ok]).saturated for name, codec in sample.fit.codecs.items()}
+    assert cache.saturated == expected
     assert expected["fine"] > 0
+    by_row = np.concatenate([cache.counts(shard) for shard in range(3)])[:21]
+    levels = sample.fit.codecs["fine"].project(sample.features["fine"]) / cache.steps["fine"]
+    beyond = (np.abs(np.rint(levels)) > 127).sum(axis=(1, 2))
+    np.testing.assert_array_equal(by_row[:, 0], np.where(ok, beyond, 0))
+
+
+def test_caches_of_older_writers_count_whole_shards_and_go_on_so(sample: Sample, store: Path, tmp_path: Path) -> None:
+    """They have no count of a row: what they grow by, and what is copied whole, adds to a shard's."""
+    cache, name = open_cache(store), layout.SATURATED
+    totals = [cache.saturated_in(shard) for shard in range(3)]
+    group = json.loads((store / "zarr.json").read_text())
+    del group["attributes"]["saturated_by"]
+    documents = {"zarr.json": group, f"{name}/zarr.json": counts.document(group["attributes"])}
+    for file, document in documents.items():
+        (store / file).write_bytes(layout.json_bytes(document))
+    for shard, total in enumerate(totals):
+        (store / name / "c" / str(shard) / "0").write_bytes(with_crc(np.array([*total.values()], "<i8").tobytes()))
+    shutil.rmtree(store / "seals")
+    files = [f for f in json.loads((store / "digest.json").read_text())["files"] if not f.startswith("seals")]
+    (store / "digest.json").write_bytes(layout.json_bytes({"files": files, "sha256": layout.digest_of(store, files)}))
+    old = open_cache(store)
+    assert not old.counts_by_row
+    assert [old.saturated_in(shard) for shard in range(3)] == totals
+    assert verify(store).findings == []
+    assert copy_cache(store, tmp_path / "copy.zarr").cache.saturated == old.saturated
+    (store / "state" / "c" / "1").unlink()
+    with CacheWriter.resume(store, sample.identity) as writer:  # type: ignore[union-attr]
+        sample.write(writer)
+    assert [open_cache(store).saturated_in(shard) for shard in range(3)] == totals
+    assert verify(store).findings == []
 
 
 def test_the_digest_does_not_depend_on_rows_written(sample: Sample, whole_store: Path, tmp_path: Path) -> None:

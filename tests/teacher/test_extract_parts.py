@@ -241,7 +241,7 @@ def test_a_growth_that_was_stopped_at_any_file_ends_at_the_same_bytes(
             ended = True
         except KeyboardInterrupt:
             monkeypatch.setattr(os, "replace", move)
-            assert extract(manifest, vit, out, settings).rows <= 9  # at most the three and the last shard's old six
+            assert extract(manifest, vit, out, settings).rows <= 3  # the new ones; never one that was there
         assert store_bytes(out) == store_bytes(expected), moved[-1]
         if ended:
             break
@@ -367,7 +367,9 @@ def test_encoding_on_a_device_gives_the_codecs_own_bits(dtype: layout.StoredDtyp
     values, token_steps, saturated = TensorCodec(codec, torch.device("cpu")).encode(torch.from_numpy(x))
     assert values.numpy().dtype == expected.values.dtype
     np.testing.assert_array_equal(values.numpy(), expected.values)
-    assert int(saturated) == expected.saturated
+    alone = [codec.quantise(image[None]).saturated for image in y]
+    assert saturated.tolist() == alone
+    assert sum(alone) == expected.saturated
     assert expected.saturated > 0 or dtype != "int8"
     if expected.token_steps is None:
         assert token_steps is None
@@ -378,9 +380,10 @@ def test_encoding_on_a_device_gives_the_codecs_own_bits(dtype: layout.StoredDtyp
 def test_float16_is_cut_and_counted_as_the_codec_does():
     x = np.array([1e5, -1e5, 65504.0, 65519.0, 0.1, -3e-8], np.float32)
     expected, beyond = numpy_to_float16(x)
-    found, count = to_float16(torch.from_numpy(x))
-    np.testing.assert_array_equal(found.numpy(), expected)
-    assert int(count) == beyond == 3
+    found, count = to_float16(torch.from_numpy(np.stack([x, x / 2])))
+    np.testing.assert_array_equal(found[0].numpy(), expected)
+    assert beyond == 3
+    assert count.tolist() == [3, 0]
 
 
 def test_features_that_are_not_finite_are_refused():
