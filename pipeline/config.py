@@ -22,7 +22,7 @@ from pipeline.errors import PipeError
 
 __all__ = ["Config", "configs_folder", "load_config", "shipped", "validate"]
 
-METHODS_OF_LATER_RELEASES = ("cyclip", "alip", "slip")
+TERMS_OF_METHODS = ("contrastive", "cyclic_in_modal", "cyclic_cross", "simclr")  # what a method adds to CLIP's loss
 REPLACED_WHOLE = {"trunk", "model_args", "scales"}  # a preset's trunk must not shine through a user's own
 PATH_KEYS = (
     ("workspace",),
@@ -50,10 +50,6 @@ def shipped(kind: str, name: str) -> dict[str, Any]:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     label = {"": "preset", "methods": "method", "fusion": "fusion", "suites": "suite"}[kind]
     if name not in known:
-        if kind == "methods" and name in METHODS_OF_LATER_RELEASES:
-            raise PipeError(
-                f"method {name} comes in a later release", where="train.method", fix=f"choose {', '.join(known)}"
-            )
         raise PipeError(f"there is no {label} {name!r}", fix=f"{_nearest(name, known)}choose one of {', '.join(known)}")
     return read_yaml(folder / f"{name}.yaml")
 
@@ -143,12 +139,30 @@ def _apply_named_files(chosen: dict[str, Any], explicit: dict[str, Any]) -> dict
     if isinstance(chosen.get("model"), dict):  # a saved run's YAML lists its parts; the fusion asked for now decides
         chosen["model"].pop("parts", None)
     _refuse_contradiction(str(method), method_file, explicit)
+    # A saved run's YAML holds what its method and fusion defined: that leaves with them.
+    written = {kind: _get(chosen, key) for kind, key in (("methods", "train.method"), ("fusion", "model.fusion"))}
+    if isinstance(written["methods"], str) and written["methods"] != method:
+        chosen = _without(chosen, shipped("methods", written["methods"]))
     chosen = merge(chosen, method_file)
     fusion = _get(explicit, "model.fusion") or _get(chosen, "model.fusion") or ModelConfig().fusion
+    if isinstance(written["fusion"], str) and written["fusion"] != fusion:
+        chosen = _without(chosen, shipped("fusion", written["fusion"]))
     chosen = merge(chosen, shipped("fusion", str(fusion)))
     put(chosen, "train.method", method)
     put(chosen, "model.fusion", fusion)
     return chosen
+
+
+def _without(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` less the keys that stand in `file` with the same value."""
+    out = {}
+    for key, value in values.items():
+        there = file.get(key)
+        if isinstance(value, Mapping) and isinstance(there, Mapping):
+            out[key] = _without(value, there)
+        elif key not in file or value != there:
+            out[key] = value
+    return out
 
 
 def _refuse_contradiction(method: str, method_file: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
@@ -160,10 +174,12 @@ def _refuse_contradiction(method: str, method_file: Mapping[str, Any], explicit:
         order = _get(explicit, "train.order")
         order = _get(method_file, "train.order") if order is None else order
         fusion = _get(explicit, "model.fusion") or _get(method_file, "model.fusion")
+        terms = {name: value for name in TERMS_OF_METHODS if (value := _get(method_file, f"loss.{name}")) is not None}
+        added = "".join(f" --set loss.{name}={value}" for name, value in terms.items())
         raise PipeError(
             f"method {method} has {key.split('.')[1]} {fixed}, not {asked}",
             where=key,
-            fix=f"use: pipe train --method dinorankclip --order {order} --fusion {fusion}",
+            fix=f"use: pipe train --method dinorankclip --order {order} --fusion {fusion}{added}",
         )
 
 

@@ -68,6 +68,7 @@ class DataConfig(Section):
     cache: Source | None = None  # the teacher cache to read, a folder or a URL; null: workspace/teacher.zarr
     cache_access: Literal["auto", "map", "read"] = "auto"  # auto: positioned reads on network disks, else memory maps
     permute_targets: bool = False  # the control `shuffled-cache`
+    second_caption: Literal["synthetic", "another"] = "synthetic"  # ALIP's: of `pipe caption`, or another of the row's own
     roi: RoiConfig | None = None  # crops of the one stored view, with targets that are approximate
 
 
@@ -197,6 +198,8 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = 2
     validate_every: Positive | None = 500
     log_every: Positive = 10
+    term_gradients_every: Positive | None = 500  # steps between measurements of every term's gradient; one backward each
+    wandb: str | None = None  # a project of Weights & Biases to send the figures to
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -205,6 +208,13 @@ class TrainConfig(Section):
 
 
 class LossConfig(Section):
+    contrastive: Literal["clip", "alip"] = "clip"
+    cyclic_in_modal: Weight = 0.0
+    cyclic_cross: Weight = 0.0
+    simclr: Weight = 0.0
+    simclr_temperature: Annotated[float, Field(gt=0)] = 0.1
+    simclr_hidden: Positive = 4096
+    simclr_dim: Positive = 256
     cross: Weight = 1.0
     in_modal: Weight = 1.0
     ramp: Share = 0.667

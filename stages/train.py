@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from pipeline.config import Config
+from pipeline.config import validate as validate_config
 from pipeline.console import log
 from pipeline.run_folder import Workspace, code_version, sha256_file
 from stages.train_setup import Data, Session, open_data, prepare, write_record
@@ -23,13 +24,17 @@ def run(config: Config, *, name: str | None, resume: bool) -> None:
     """
     from pipeline.training import machine
     from pipeline.training import resume as resuming
+    from pipeline.training.tracking import refuse_without_wandb
 
     if machine.several_gpus_alone():
         machine.launch_on_all_gpus("stages.cli", sys.argv[1:])
         return
     workspace = Workspace(config.workspace)
     folder = workspace.run(name or default_name(config))
-    checkpoint = resuming.checkpoint_to_resume(folder, config.dump(), resume=resume)
+    refuse_without_wandb(config.train.wandb)
+    checkpoint = resuming.checkpoint_to_resume(
+        folder, config.dump(), resume=resume, completed=lambda then: validate_config(then).dump()
+    )
     if resume and folder.finished:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
@@ -117,8 +122,11 @@ def _finish(session: Session, config: Config, data: Data) -> None:
             "samples_per_second": round(training.samples / max(training.seconds, 1e-9), 2),
             "parameters": model.parameter_counts(),
             "transition_parameters": transitions,
+            "simclr_parameters": sum(p.numel() for p in objective.simclr.parameters()) if objective.simclr else 0,
             "peak_memory_bytes": machine.peak_memory(),
-            "flops_per_sample": flops_per_sample(model),
+            "flops_per_sample": flops_per_sample(
+                model, texts=1 + (objective.adaptive is not None), simclr=objective.simclr
+            ),
             "world_size": training.accelerator.num_processes,
             "precision": training.accelerator.mixed_precision,
             "machine": machine.describe(),

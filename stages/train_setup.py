@@ -28,6 +28,7 @@ class Data:
     cache: Cache | None
     train_rows: np.ndarray
     val_rows: np.ndarray
+    captions: SyntheticCaptions | None = None  # where the loss reads a second caption that is synthetic
 
     def identity(self) -> dict[str, Any]:
         """What decides, with the configuration, every batch and target; goes into checkpoints and the record."""
@@ -38,7 +39,7 @@ class Data:
             "train_rows": len(self.train_rows),
             "train_rows_sha256": hashlib.sha256(self.train_rows.astype("<i8").tobytes()).hexdigest(),
             "cache": None if self.cache is None else self.cache.digest,
-        }
+        } | ({} if self.captions is None else {"captions": self.captions.sha256()})
 
 
 def open_data(workspace: Workspace, config: Config) -> Data:
@@ -58,11 +59,34 @@ def open_data(workspace: Workspace, config: Config) -> Data:
             settings=asked_settings(config),
         )
         rows = {split: _cached_rows(cache, of_split, config) for split, of_split in rows.items()}
+    captions = None
+    if config.loss.contrastive == "alip":
+        captions, rows = _second_captions(workspace, config, manifest, rows)
     generator = np.random.default_rng([config.train.seed, 0x7A])
     val = rows["val"]
     if len(val) > VALIDATION_ROWS:
         val = np.sort(generator.choice(val, VALIDATION_ROWS, replace=False))
-    return Data(manifest, cache, rows["train"], val)
+    return Data(manifest, cache, rows["train"], val, captions)
+
+
+def _second_captions(
+    workspace: Workspace, config: Config, manifest: Manifest, rows: dict[str, np.ndarray]
+) -> tuple[SyntheticCaptions | None, dict[str, np.ndarray]]:
+    """Where second captions come from, and the rows that have one; refused where it is not almost all of them."""
+    from pipeline.data.synthetic_captions import open_captions
+
+    if config.data.second_caption == "another":
+        for split, of_split in rows.items():
+            single = int((manifest.caption_counts(of_split) < 2).sum())
+            if single:
+                raise PipeError(
+                    f"{single:,} of {len(of_split):,} {split} rows have one caption only, and ALIP reads two",
+                    where="data.second_caption",
+                    fix="write synthetic ones: pipe caption, then --set data.second_caption=synthetic",
+                )
+        return None, rows
+    captions = open_captions(workspace.captions, manifest)
+    return captions, {split: _captioned(captions, of_split, split) for split, of_split in rows.items()}
 
 
 def cache_place(workspace: Workspace, config: Config) -> str:
@@ -172,7 +196,10 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
         write_record(folder, config, {"finished": False, "code_version": code_version()})
     accelerator.wait_for_everyone()
     wrapped, prepared = accelerator.prepare(objective, optimizer)
-    training = Training(accelerator, wrapped, prepared, _settings(config, plan), folder, config.dump(), data.identity())
+    settings, about = _settings(config, plan), data.identity()
+    training = Training(
+        accelerator, wrapped, prepared, settings, folder, config.dump(), about, wandb=config.train.wandb
+    )
     return Session(training, plan, datasets, machine.data_workers(config.data.workers, accelerator.num_processes))
 
 
@@ -192,8 +219,9 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
     """Model and losses of a configuration; the trunk is built first, so that methods with one seed share it."""
     import torch
 
-    from pipeline.losses.objective import LossWeights, Objective
+    from pipeline.losses.objective import Objective
     from pipeline.losses.targets import TargetInfo
+    from pipeline.losses.weights import LossWeights
     from pipeline.models.dinorankclip import DinoRankCLIP
 
     model_config = config.model
@@ -234,6 +262,7 @@ def _loss_values(config: Config) -> dict[str, Any]:
 
 
 def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
+    from pipeline.data.augment import SimCLRViews
     from pipeline.data.samples import SampleReader
     from pipeline.data.views import Preprocess, View
     from pipeline.training.data import PairDataset, permuted_rows
@@ -255,8 +284,19 @@ def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
         seed=config.train.seed,
         views=config.teacher.view_specs,
         view_seed=config.teacher.seed,
+        second=_second(config, data),
+        augment=SimCLRViews(config.model.image_size, model.trunk.mean, model.trunk.std) if config.loss.simclr else None,
     )
     return {"train": dataset, "val": dataset}
+
+
+def _second(config: Config, data: Data) -> Any:
+    """What gives each row a second caption; None where no loss reads one."""
+    from pipeline.training.second_captions import AnotherOfItsOwn, Synthetic
+
+    if config.loss.contrastive != "alip":
+        return None
+    return AnotherOfItsOwn(config.train.seed) if data.captions is None else Synthetic(data.captions)
 
 
 def _roi(config: Config, cache: Cache | None) -> Any:
@@ -284,6 +324,7 @@ def _settings(config: Config, plan: Any) -> Any:
         grad_clip=train.grad_clip,
         seed=train.seed,
         log_every=train.log_every,
+        term_gradients_every=train.term_gradients_every,
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
         validate_every=train.validate_every,

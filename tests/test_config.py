@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from pipeline.config import configs_folder, known_keys, load_config, merge, parse_set, shipped, validate
-from pipeline.config_schema import Config
+from pipeline.config_schema import Config, LossConfig
 from pipeline.errors import PipeError
 
 
@@ -45,6 +45,12 @@ def test_an_explicit_set_may_vary_a_methods_weights(tmp_path):
     [
         ({"train.method": "rankclip", "train.order": 3}, "--method dinorankclip --order 3 --fusion none"),
         ({"train.method": "clip", "model.fusion": "full"}, "--method dinorankclip --order 0 --fusion full"),
+        (
+            {"train.method": "cyclip", "train.order": 3},
+            "--method dinorankclip --order 3 --fusion none --set loss.cyclic_in_modal=0.25 --set loss.cyclic_cross=0.25",
+        ),
+        ({"train.method": "alip", "train.order": 2}, "--order 2 --fusion none --set loss.contrastive=alip"),
+        ({"train.method": "slip", "model.fusion": "full"}, "--order 0 --fusion full --set loss.simclr=1.0"),
     ],
 )
 def test_a_contradiction_is_refused_with_the_right_command(tmp_path, flags, command):
@@ -58,11 +64,37 @@ def test_a_flag_equal_to_the_method_is_no_contradiction(tmp_path):
     assert load_config(path, flags={"train.method": "clip", "train.order": 0}).train.order == 0
 
 
-@pytest.mark.parametrize("method", ["cyclip", "alip", "slip"])
-def test_methods_of_later_releases_say_so(tmp_path, method):
-    path = write(tmp_path / "pipe.yaml", {})
-    with pytest.raises(PipeError, match=f"method {method} comes in a later release"):
-        load_config(path, flags={"train.method": method})
+BASELINES = {
+    "cyclip": {"cyclic_in_modal": 0.25, "cyclic_cross": 0.25},
+    "alip": {"contrastive": "alip"},
+    "slip": {"simclr": 1.0, "simclr_temperature": 0.1, "simclr_hidden": 4096, "simclr_dim": 256},
+}
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_baseline_is_order_0_without_fusion_plus_its_own_terms(tmp_path, method):
+    path = write(tmp_path / "pipe.yaml", {"train": {"batch_size": 64}})
+    config = load_config(path, flags={"train.method": method})
+    assert (config.train.order, config.model.fusion, config.train.batch_size) == (0, "none", 64)
+    changed = {key: value for key, value in config.loss if value != getattr(LossConfig(), key)}
+    assert changed == {key: value for key, value in BASELINES[method].items() if value != getattr(LossConfig(), key)}
+
+
+def test_what_a_method_defined_leaves_with_it(tmp_path):
+    """The YAML that a run saves names everything; another method must not inherit it."""
+    for method in (*BASELINES, "rankclip"):
+        saved = load_config(write(tmp_path / "a.yaml", {"loss": {"head_share": 0.3}}), flags={"train.method": method})
+        path = write(tmp_path / "saved.yaml", saved.dump())
+        assert load_config(path).dump() == saved.dump()
+        other = load_config(path, flags={"train.method": "dinorankclip"})
+        expected = load_config(write(tmp_path / "b.yaml", {"loss": {"head_share": 0.3}}))
+        assert other.loss == expected.loss
+        assert (other.train.order, other.model.fusion) == (3, "full")
+
+
+def test_what_a_fusion_defined_leaves_with_it(tmp_path):
+    saved = load_config(write(tmp_path / "a.yaml", {}), flags={"model.fusion": "no-distill"})
+    assert load_config(write(tmp_path / "b.yaml", saved.dump()), flags={"model.fusion": "full"}).loss.gram == 1.0
 
 
 @pytest.mark.parametrize(

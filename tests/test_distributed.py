@@ -1,4 +1,4 @@
-"""Two gloo processes against one: the same loss and the same gradients, in float64."""
+"""Two and four gloo processes against one: the same loss and the same gradients, in float64, for every method."""
 
 from __future__ import annotations
 
@@ -13,35 +13,62 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline.distributed import all_gather_sizes, barrier, gather_with_grad, mean_over_ranks, rank, world_size
+from pipeline.training.gradients import term_norms
 
 sys.path.insert(0, str(Path(__file__).parent / "losses"))  # the spawned processes import this file alone
 
-CASES = [(order, split) for order in (0, 1, 3) for split in ((4, 4), (5, 3))]
+# Methods as their presets define them, and every order with everything else in the objective.
+RANKCLIP = {"positions": "uniform", "include_self": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "clip": {"order": 0, "student": False},
+    "cyclip": {"order": 0, "student": False, "cyclic_in_modal": 0.25, "cyclic_cross": 0.25},
+    "alip": {"order": 0, "student": False, "contrastive": "alip"},
+    "slip": {"order": 0, "student": False, "simclr": 1.0, "simclr_hidden": 5, "simclr_dim": 3},
+    "rankclip": {"order": 1, "student": False, **RANKCLIP},
+    **{f"order {order}": {"order": order, "depth": 5, "conflict": 3.0} for order in range(5)},
+    "everything": {"order": 3, "contrastive": "alip", "cyclic_cross": 0.5, "simclr": 0.3, "simclr_hidden": 5},
+}
+PAIRS = 8
+SPLITS = {2: ((4, 4), (5, 3)), 4: ((2, 2, 2, 2), (3, 1, 2, 2))}
+CASES = [(world, split, method) for world, splits in SPLITS.items() for split in splits for method in METHODS]
 
 
-def run_case(order: int, rows: slice) -> tuple[Any, dict[str, Any]]:
-    """An objective with everything in it, and this process's part of one batch of 8."""
-    from tiny_model import batch, objective
+def run_case(method: str, rows: slice) -> dict[str, Any]:
+    """Loss, logs, gradients and buffers of one step on `rows` of the batch, the second for statistics that add up."""
+    from tiny_model import batch, extras, objective
 
-    images, tokens, stored = batch(8)
-    own = images[rows], tokens[rows], {key: value[rows] for key, value in stored.items()}
-    tested = objective(order, positions="head_tail", conflict=3.0)
-    tested.log_details = True
-    return tested, {"batch": own}
+    images, tokens, stored = batch(PAIRS)
+    tested = objective(**METHODS[method])
+    stored = {key: value[rows] for key, value in stored.items()} if tested.model.has_student else None
+    more = {key: value[rows] for key, value in extras(PAIRS).items()}
+    tested.log_details = tested.keep_terms = True
+    tested(images[rows].flip(3), tokens[rows], stored, 0.5, **more)
+    loss, logs = tested(images[rows], tokens[rows], stored, 0.5, **more)
+    terms = term_norms(tested.terms, list(tested.parameters()))
+    loss.backward()
+    for parameter in tested.parameters():  # what DDP does; importing it costs seconds
+        parameter.grad = mean_over_ranks(parameter.grad)
+    return {
+        "loss": mean_over_ranks(loss),
+        "logs": {key: value for key, value in logs.items() if not key.startswith("kendall_tau")},  # samples own rows
+        "terms": terms,
+        "gradients": {name: p.grad for name, p in tested.named_parameters()},
+        "buffers": dict(tested.named_buffers()),
+    }
 
 
-def as_process(number: int, folder: str) -> None:
+def as_process(number: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     meeting, patience = f"file://{folder}/meet", timedelta(minutes=2)
-    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=2, timeout=patience)
+    dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=world, timeout=patience)
     try:
-        found = everything(number)
+        found = everything(number, world)
     finally:
         dist.destroy_process_group()
     torch.save(found, Path(folder) / f"{number}.pt")
 
 
-def everything(number: int) -> dict[str, Any]:
+def everything(number: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {"place": (rank(), world_size()), "sizes": all_gather_sizes(3 + number)}
     found["mean"] = mean_over_ranks(torch.tensor([1.0, 2.0]) * (number + 1))
     x = torch.arange(2.0 * (2 + number)).reshape(-1, 2).add(100 * number).requires_grad_()
@@ -49,34 +76,43 @@ def everything(number: int) -> dict[str, Any]:
     weights = torch.arange(float(gathered.numel())).reshape(gathered.shape) * (number + 1)
     (gathered * weights).sum().backward()
     found["gathered"], found["gradient"] = gathered.detach(), x.grad
-    for order, split in CASES:
+    for split in SPLITS[world]:
         first = sum(split[:number])
-        tested, given = run_case(order, slice(first, first + split[number]))
-        loss, logs = tested(*given["batch"], 0.5)
-        loss.backward()
-        for parameter in tested.parameters():  # what DDP does; importing it costs seconds
-            parameter.grad = mean_over_ranks(parameter.grad)
-        found[f"{order} {split}"] = {
-            "loss": mean_over_ranks(loss),
-            "logs": logs,
-            "gradients": {name: p.grad for name, p in tested.named_parameters()},
-        }
+        for method in METHODS:
+            found[f"{method} {split}"] = run_case(method, slice(first, first + split[number]))
     barrier()
     return found
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("gloo")
-    # This process is rank 0: one import of torch less than with two children.
-    other = mp.get_context("spawn").Process(target=as_process, args=(1, str(folder)))
-    other.start()
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Number of processes → what each of them found."""
+    return {world: run_world(world, tmp_path_factory.mktemp("gloo")) for world in SPLITS}
+
+
+def run_world(world: int, folder: Path) -> list[dict[str, Any]]:
+    context = mp.get_context("spawn")
+    # This process is rank 0: one import of torch less.
+    others = [context.Process(target=as_process, args=(number, world, str(folder))) for number in range(1, world)]
+    for other in others:
+        other.start()
     try:
-        as_process(0, str(folder))
+        as_process(0, world, str(folder))
     finally:
-        other.join(timeout=60)
-        other.kill()
-    return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(2)]
+        for other in others:
+            other.join(timeout=60)
+            other.kill()
+    return [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(world)]
+
+
+@pytest.fixture(scope="module")
+def processes(worlds: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return worlds[2]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    return {method: run_case(method, slice(None)) for method in METHODS}
 
 
 def test_a_single_process_gathers_itself() -> None:
@@ -101,19 +137,32 @@ def test_gather_drops_its_padding_and_sums_gradients_over_ranks(processes: list[
         torch.testing.assert_close(p["gradient"], gradient[rows])
 
 
-@pytest.mark.parametrize(("order", "split"), CASES)
-def test_two_processes_equal_one(order: int, split: tuple[int, int], processes: list[dict[str, Any]]) -> None:
-    tested, given = run_case(order, slice(None))
-    loss, logs = tested(*given["batch"], 0.5)
-    loss.backward()
-    whole = {name: p.grad for name, p in tested.named_parameters()}
-    assert order < 2 or whole["transitions.image.key.weight"].abs().max() > 1e-6
-    for p in processes:
-        part = p[f"{order} {split}"]
-        torch.testing.assert_close(part["loss"], loss.detach(), rtol=1e-12, atol=1e-12)
-        assert part["gradients"].keys() == whole.keys()
-        for name, gradient in part["gradients"].items():
-            torch.testing.assert_close(gradient, whole[name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
-        for key in logs:
-            if not key.startswith("kendall_tau"):  # each process samples rows of its own
-                torch.testing.assert_close(part["logs"][key], logs[key], rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize(("world", "split", "method"), CASES)
+def test_several_processes_equal_one(
+    world: int,
+    split: tuple[int, ...],
+    method: str,
+    worlds: dict[int, list[dict[str, Any]]],
+    alone: dict[str, dict[str, Any]],
+) -> None:
+    whole = alone[method]
+    if METHODS[method]["order"] >= 2:
+        assert whole["gradients"]["transitions.image.key.weight"].abs().max() > 1e-6
+    assert whole["terms"].keys() >= {"contrastive"}
+    for process in worlds[world]:
+        part = process[f"{method} {split}"]
+        torch.testing.assert_close(part["loss"], whole["loss"], rtol=1e-12, atol=1e-12)
+        for kind in ("gradients", "buffers", "terms", "logs"):
+            assert part[kind].keys() == whole[kind].keys()
+            for name, value in part[kind].items():
+                torch.testing.assert_close(
+                    value, whole[kind][name], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+def test_transition_heads_of_every_order_learn(alone: dict[str, dict[str, Any]]) -> None:
+    for order in (2, 3, 4):
+        gradients = alone[f"order {order}"]["gradients"]
+        heads = {name: g for name, g in gradients.items() if name.startswith("transitions.")}
+        assert len(heads) == 2 * (1 + (order - 1) + 3 * (order - 2) + 1)
+        assert min(float(g.abs().max()) for g in heads.values()) > 1e-9

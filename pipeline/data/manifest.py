@@ -237,6 +237,11 @@ class Manifest:
         found: list[str] = self._table.column("captions")[row].as_py()
         return found
 
+    def caption_counts(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many captions each of `rows` has: (n,)."""
+        lengths: NDArray[np.int64] = pc.list_value_length(self._table.column("captions")).to_numpy()
+        return lengths[rows]
+
     def fingerprint(self, rows: int | None = None) -> str:
         """SHA-256 over (row, source, key, image SHA-256) of the first `rows` rows (None: all).
 

@@ -1,23 +1,24 @@
 """The training objective: model, transition heads and every loss in the one module that DDP wraps.
 
-    L = L_InfoNCE + w_c(t) L_cross + w_i(t) L_in
+    L = L_contrastive + w_c(t) L_cross + w_i(t) L_in
         + λ_gram L_gram + λ_rkd L_rkd + λ_global L_global + λ_gate |γ| L1(g) + λ_conflict L_conflict
+        + λ_cyclic L_cyclic + λ_simclr L_simclr
 
-InfoNCE and all lists look at the outputs v, w; the trunk's z, t alone serve the conflict. Each distillation term is
-divided by what a predictor that ignores the image scores, and averaged over its scales and branches (our reading), so
-that a λ means the same for one scale as for three. Every term is a mean over the N pairs of all processes; a process
-contributes (W/N) Σ over its own. Nothing here runs under autocast.
+L_contrastive is InfoNCE, or ALIP's weighted pair of them; the last two are CyCLIP's and SLIP's, 0 elsewhere.
+Contrastive loss and all lists look at the outputs v, w; the trunk's z, t alone serve the conflict. Each distillation
+term is divided by what a predictor that ignores the image scores, and averaged over its scales and branches (our
+reading), so that a λ means the same for one scale as for three. Every term is a mean over the N pairs of all processes;
+a process contributes (W/N) Σ over its own. Nothing here runs under autocast.
 
-Legend: B own pairs, N gathered pairs, D width, T tokens, E student width, C teacher width.
+Legend: B own pairs, N gathered pairs, D width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,50 +26,20 @@ from torch import Tensor, nn
 from pipeline.distributed import mean_over_ranks
 from pipeline.errors import PipeError
 from pipeline.losses.agreement import order_agreement
-from pipeline.losses.contrastive import info_nce
-from pipeline.losses.distillation import global_loss, gram_loss, rkd_loss
-from pipeline.losses.gate import conflict, gate_l1, info_nce_gradients
+from pipeline.losses.contrastive import AdaptiveWeights, alip, cyclic, info_nce, simclr
 from pipeline.losses.lists import ListSettings, list_loss
 from pipeline.losses.pairs import Pairs
-from pipeline.losses.plackett_luce import Positions, at_least_float32
+from pipeline.losses.plackett_luce import at_least_float32
 from pipeline.losses.targets import GLOBAL, TargetInfo, Targets
-from pipeline.losses.transitions import Transitions
+from pipeline.losses.terms import Logs, SideName, Sum, add_distillation, add_gate
+from pipeline.losses.transitions import Tables, Transitions
+from pipeline.losses.weights import LossWeights
+from pipeline.models.simclr import SimCLRHead
 
 if TYPE_CHECKING:
-    from pipeline.models.dinorankclip import DinoRankCLIP, Forward, Side
-
-Logs = dict[str, Tensor]
-
+    from pipeline.models.dinorankclip import DinoRankCLIP, Forward
 
 FIRST_RESIDUAL = 8.0  # a random student's contrasts, shrunk by 1 + ρ², are then small beside the teacher's
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The λ of every term and the shape of the lists; one field per key of the config's `loss`."""
-
-    cross: float = 1.0
-    in_modal: float = 1.0
-    ramp: float = 0.667
-    ramp_shape: Literal["cosine", "linear"] = "cosine"
-    positions: Positions = "head_tail"
-    head_share: float = 0.5
-    list_depth: int | None = None
-    include_self: bool = False
-    gram: float = 1.0
-    rkd: float = 1.0
-    global_: float = 1.0
-    gate_l1: float = 0.01
-    conflict: float = 1.0
-
-
-def ramp(progress: float, share: float, shape: Literal["cosine", "linear"]) -> float:
-    """From 0 to 1 over the first `share` ρ of training, progress t in [0, 1]:
-
-    cosine ½ (1 − cos(π min(t/ρ, 1))),  linear min(t/ρ, 1);  1 throughout where ρ = 0.
-    """
-    done = min(progress / share, 1.0) if share > 0 else 1.0
-    return done if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))
 
 
 class Objective(nn.Module):
@@ -85,6 +56,8 @@ class Objective(nn.Module):
     Attributes:
         log_details: compute what only a log needs (Kendall's τ); the trainer sets it for the steps it logs. It must be
             the same on every process.
+        keep_terms: leave every weighted term of the next forward in `terms`, name → (), with its graph. Also the same
+            on every process.
     """
 
     def __init__(
@@ -108,24 +81,29 @@ class Objective(nn.Module):
             if order >= 2
             else {}
         )
-        distils = any((weights.gram, weights.rkd, weights.global_))
+        distils = targets is not None and weights.distils
         self.targets = Targets(targets) if targets is not None and distils else None
         self.baselines = _baselines(targets) if targets is not None and distils else {}
         # ρ² of each relational term, as its logarithm; see rkd_loss. It starts where the term is near its baseline.
-        names = (*targets.scales, GLOBAL) if self.targets is not None and targets is not None and weights.rkd else ()
+        names = (*targets.scales, GLOBAL) if targets is not None and distils and weights.rkd else ()
         self.residuals = nn.ParameterDict(
             {name: nn.Parameter(torch.tensor(math.log(FIRST_RESIDUAL))) for name in names}
         )
-        self.log_details = False
-
-    def weights(self, progress: float) -> tuple[float, float]:
-        """w_c and w_i at `progress` in [0, 1] of training."""
-        w = self.loss_weights
-        reached = ramp(progress, w.ramp, w.ramp_shape)
-        return reached * w.cross, reached * w.in_modal
+        self.adaptive = AdaptiveWeights() if weights.contrastive == "alip" else None
+        self.simclr = (
+            SimCLRHead(model.trunk.pooled_width, weights.simclr_hidden, weights.simclr_dim) if weights.simclr else None
+        )
+        self.log_details = self.keep_terms = False
+        self.terms: dict[str, Tensor] = {}
 
     def forward(
-        self, images: Tensor, tokens: Tensor, targets: dict[str, Tensor] | None, progress: float
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        targets: dict[str, Tensor] | None,
+        progress: float,
+        second_tokens: Tensor | None = None,
+        augmented: Tensor | None = None,
     ) -> tuple[Tensor, Logs]:
         """The loss of one step.
 
@@ -134,116 +112,108 @@ class Objective(nn.Module):
             targets: the teacher's rows as the cache stores them, and the boxes of crops (see `Targets.forward`); None
                 without distillation. Baselines are those of whole views, in either case.
             progress: share of training done, in [0, 1].
+            second_tokens: (B, L), another caption of each image, where the contrastive loss is ALIP's.
+            augmented: (B, 2, 3, H, W), two augmented views of each image, where there is a SimCLR term.
 
         Returns:
             (W/N) Σ over own pairs, (), with gradient; and detached scalars, averaged over processes where they are to
             be logged (`log_details`, or in evaluation mode), else this process's own.
         """
         out = self.model(images, tokens)
+        second = self._second(second_tokens)
+        projected = self._projected(augmented)
         with torch.autocast(images.device.type, enabled=False):
             v, w, s = (at_least_float32(x) for x in (out.v, out.w, out.logit_scale))
             pairs = Pairs.gathered(v, w, s)
-            contrastive = pairs.mean(info_nce(pairs))
-            logs: Logs = {"info_nce": contrastive, "logit_scale": pairs.scale}
-            loss = contrastive + _touch(out, [*self.transitions.parameters(), *self.residuals.parameters()])
-            loss = loss + self._lists(pairs, progress, logs)
-            loss = loss + self._distillation(out, targets, pairs, logs)
-            loss = loss + self._gate(out, pairs, logs)
+            found = Sum(_touch(out, [*self.transitions.parameters(), *self.residuals.parameters()]))
+            self._contrastive(found, pairs, second)
+            self._lists(found, pairs, progress)
+            self._distillation(found, out, targets, pairs)
+            add_gate(found, out, pairs, self.loss_weights, self._gate_on)
+            if projected is not None:
+                place = {"sizes": pairs.sizes, "first_row": pairs.first}
+                each = simclr(*projected, temperature=self.loss_weights.simclr_temperature, **place)
+                found.logs["simclr"] = pairs.mean(each)
+                found.add("simclr", found.logs["simclr"], self.loss_weights.simclr)
             shown = self.log_details or not self.training
             if shown:
-                logs |= order_agreement(pairs)
-        logs = {"loss": loss} | logs
-        return loss, _averaged(logs) if shown else {name: value.detach().clone() for name, value in logs.items()}
+                found.logs |= order_agreement(pairs)
+        self.terms = found.terms if self.keep_terms else {}
+        logs = {"loss": found.total} | found.logs
+        return found.total, _averaged(logs) if shown else {k: value.detach().clone() for k, value in logs.items()}
 
-    def _lists(self, pairs: Pairs, progress: float, logs: Logs) -> Tensor | float:
-        """w_c L_cross + w_i L_in; 0 for order 0 and where both λ are 0."""
-        cross, in_modal = self.weights(progress)
-        asked = {"cross": (self.loss_weights.cross, cross), "in_modal": (self.loss_weights.in_modal, in_modal)}
-        now = {group: weight for group, (final, weight) in asked.items() if final > 0}
+    def _second(self, tokens: Tensor | None) -> Tensor | None:
+        """The second captions' outputs (B, D); None where no loss asks for them."""
+        if self.adaptive is None:
+            return None
+        if tokens is None:
+            raise PipeError("a batch without second captions cannot be trained on by ALIP", fix="run: pipe caption")
+        return at_least_float32(self.model.encode_text(tokens))
+
+    def _projected(self, augmented: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The augmented views (B, E) each; encoded one by one, so that batch norms see one view at a time."""
+        if self.simclr is None:
+            return None
+        if augmented is None:
+            raise PipeError("a batch without augmented views has no SimCLR loss", where="loss.simclr")
+        first, second = (self.simclr(self.model.trunk.pooled(view)) for view in augmented.unbind(1))
+        return first, second
+
+    def _contrastive(self, found: Sum, pairs: Pairs, second: Tensor | None) -> None:
+        """InfoNCE or ALIP's loss, and CyCLIP's terms."""
+        each = info_nce(pairs)
+        found.logs |= {"info_nce": pairs.mean(each), "logit_scale": pairs.scale}
+        if self.adaptive is None or second is None:
+            found.add("contrastive", found.logs["info_nce"], 1.0)
+        else:
+            weights = self.adaptive(pairs, second, update=self.training)
+            captions = Pairs.gathered(pairs.image_rows, second, pairs.scale, pairs.sizes)
+            found.logs["alip"] = pairs.mean(alip(pairs, captions, weights))
+            found.add("contrastive", found.logs["alip"], 1.0)
+            shown = {"sample": weights.sample, "image_text": weights.image_text, "image_caption": weights.image_caption}
+            found.logs |= {f"alip/weight/{name}": pairs.mean(value) for name, value in shown.items()}
+            found.logs |= {f"alip/mean/{name}": value.clone() for name, value in self.adaptive.named_buffers()}
+        asked = {"in_modal": self.loss_weights.cyclic_in_modal, "cross": self.loss_weights.cyclic_cross}
+        if any(asked.values()):
+            values = dict(zip(("in_modal", "cross"), cyclic(pairs), strict=True))
+            for name, weight in asked.items():
+                found.logs[f"cyclic/{name}"] = pairs.mean(values[name])
+                found.add(f"cyclic/{name}", found.logs[f"cyclic/{name}"], weight)
+
+    def _lists(self, found: Sum, pairs: Pairs, progress: float) -> None:
+        """w_c L_cross + w_i L_in; nothing for order 0 and where both λ are 0."""
+        now = self.loss_weights.ranking(progress)
         if not self.order or not now:
-            return 0.0
-        tables = (
-            {
-                "image": self.transitions["image"](pairs.image_all),
-                "text": self.transitions["text"](pairs.text_all),
-            }
-            if self.order >= 2
-            else None
-        )
-        found = list_loss(pairs, self.list_settings, now, tables)
-        logs |= found.terms
-        logs |= {f"weight/{group}": pairs.scale.new_tensor(weight) for group, weight in now.items()}
+            return
+        tables = self._tables(pairs)
+        both = list_loss(pairs, self.list_settings, now, tables)
+        found.total = found.total + both.loss
+        found.logs |= both.terms
+        found.logs |= {f"weight/{group}": pairs.scale.new_tensor(weight) for group, weight in now.items()}
         for name, head in self.transitions.items():
-            assert isinstance(head, Transitions)
-            logs |= {f"beta/{name}/{r}": beta for r, beta in enumerate(head.betas.detach().clone(), start=2)}
-        return found.loss
+            betas = head.betas.detach().clone()  # type: ignore[union-attr, operator]
+            found.logs |= {f"beta/{name}/{r}": beta for r, beta in enumerate(betas, start=2)}
+        if self.keep_terms:  # the fused loss has one gradient for both groups
+            found.terms |= {
+                group: list_loss(pairs, self.list_settings, {group: weight}, tables).loss
+                for group, weight in now.items()
+            }
 
-    def _distillation(self, out: Forward, stored: dict[str, Tensor] | None, pairs: Pairs, logs: Logs) -> Tensor | float:
-        """λ_gram L_gram + λ_rkd L_rkd + λ_global L_global, each in units of its baseline."""
+    def _tables(self, pairs: Pairs) -> dict[str, Tables] | None:
+        if self.order < 2:
+            return None
+        return {"image": self.transitions["image"](pairs.image_all), "text": self.transitions["text"](pairs.text_all)}
+
+    def _distillation(self, found: Sum, out: Forward, stored: dict[str, Tensor] | None, pairs: Pairs) -> None:
         if self.targets is None:
-            return 0.0
+            return
         if stored is None:
             raise PipeError("a batch without teacher targets cannot be distilled", fix="train with --fusion none")
-        w, teacher = self.loss_weights, self.targets(stored)
-        students = out.student_tokens or {}
-        relational = partial(rkd_loss, first=pairs.first, sizes=pairs.sizes)
-        found: dict[str, dict[str, Tensor]] = {"gram": {}, "rkd": {}, "global": {}}
-        for name, tokens in students.items():
-            if w.gram:
-                found["gram"][name] = gram_loss(tokens, teacher[name])
-            if w.rkd:
-                pooled = tokens.mean(1, dtype=pairs.scale.dtype)
-                found["rkd"][name] = relational(pooled, teacher[name].mean(1), residual=self.residuals[name].exp())
-        if w.rkd and out.text_pooled is not None:
-            unit = nn.functional.normalize(teacher[GLOBAL], dim=1)
-            found["rkd"][GLOBAL] = relational(out.text_pooled, unit, residual=self.residuals[GLOBAL].exp())
-        if w.global_:
-            heads = {"image": out.image_global, "text": out.text_global}
-            found["global"] |= {k: global_loss(x, teacher[GLOBAL]) for k, x in heads.items() if x is not None}
-        logs |= {f"residual/{name}": value.detach().exp() for name, value in self.residuals.items()}
-        total: Tensor | float = 0.0
-        for term, weight in (("gram", w.gram), ("rkd", w.rkd), ("global", w.global_)):
-            ratios = {k: pairs.mean(x) / self.baselines[f"{term}/{k}"] for k, x in found[term].items()}
-            logs |= {f"{term}/{name}": ratio for name, ratio in ratios.items()}
-            if ratios:
-                total = total + weight * torch.stack(list(ratios.values())).mean()
-        return total
+        add_distillation(
+            found, out, self.targets(stored), pairs, self.loss_weights, self.residuals, self.baselines
+        )
 
-    def _gate(self, out: Forward, pairs: Pairs, logs: Logs) -> Tensor | float:
-        """λ_gate |γ| L1(g) + λ_conflict L_conflict, both sides averaged."""
-        sides: dict[Literal["image", "text"], tuple[Tensor, Side]] = {}
-        if out.image is not None:
-            sides["image"] = (out.z, out.image)
-        if out.text is not None:
-            sides["text"] = (out.t, out.text)
-        if not sides:
-            return 0.0
-        w = self.loss_weights
-        gates = {name: at_least_float32(side.gate) for name, (_, side) in sides.items()}
-        penalty = pairs.mean(gate_l1(list(gates.values()), [side.gamma for _, side in sides.values()]))
-        logs |= {"gate_l1": penalty}
-        for name, (_, side) in sides.items():
-            logs |= {f"gamma/{name}": side.gamma, f"gate_mean/{name}": pairs.mean(gates[name].mean(1))}
-        total: Tensor | float = w.gate_l1 * penalty if w.gate_l1 else 0.0
-        if w.conflict:
-            z, t = (at_least_float32(x.detach()) for x in (out.z, out.t))
-            trunk = Pairs.gathered(z, t, pairs.scale.detach(), pairs.sizes)
-            gradients = dict(zip(("image", "text"), info_nce_gradients(trunk), strict=True))
-            values = [
-                conflict(
-                    at_least_float32(base),
-                    gradients[name],
-                    at_least_float32(side.delta),
-                    side.gamma,
-                    self._gate_on(name),
-                )
-                for name, (base, side) in sides.items()
-            ]
-            logs["conflict"] = pairs.mean(torch.stack(values).mean(0))
-            total = total + w.conflict * logs["conflict"]
-        return total
-
-    def _gate_on(self, side: Literal["image", "text"]) -> Callable[[Tensor, Tensor], Tensor]:
+    def _gate_on(self, side: SideName) -> Callable[[Tensor, Tensor], Tensor]:
         gate: Callable[[Tensor, Tensor], Tensor] = partial(self.model.gate_on, side)
         return gate
 

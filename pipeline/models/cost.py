@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,9 +16,21 @@ from pipeline.models.dinorankclip import DinoRankCLIP
 BACKWARD = 2  # gradients of inputs and of weights: two products of the size of each forward one
 
 
-def flops_per_sample(model: DinoRankCLIP) -> int:
-    """FLOPs of training on one sample: the forward pass and twice that for the backward pass."""
-    return (1 + BACKWARD) * forward_flops(model)["total"]
+def flops_per_sample(model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module | None = None) -> int:
+    """FLOPs of training on one sample: the forward pass and twice that for the backward pass.
+
+    Args:
+        texts: captions that are encoded of each image (ALIP: 2).
+        simclr: the projection head of SLIP, which takes two more views of each image through the trunk.
+    """
+    forward = forward_flops(model)["total"]
+    with _at_rest(model, *([simclr] if simclr else [])), torch.no_grad():
+        images, tokens = _one_sample(model)
+        if texts > 1:
+            forward += (texts - 1) * _count(lambda: model.encode_text(tokens))
+        if simclr is not None:
+            forward += 2 * _count(lambda: simclr(model.trunk.pooled(images)))
+    return (1 + BACKWARD) * forward
 
 
 @torch.no_grad()
@@ -25,13 +39,8 @@ def forward_flops(model: DinoRankCLIP) -> dict[str, int]:
 
     Matrix products, convolutions and attention count; norms, activations and the losses do not.
     """
-    parameter = next(model.parameters())
-    size = model.arguments["image_size"]
-    images = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
-    tokens = model.trunk.tokenizer(["a photo"]).to(parameter.device)
-    training = {module: module.training for module in model.modules()}
-    model.eval()  # batch norm would refuse, or remember, the statistics of one sample
-    try:
+    with _at_rest(model):
+        images, tokens = _one_sample(model)
         total = _count(lambda: model(images, tokens))
         trunk = _count(lambda: (model.trunk.encode_image(images), model.trunk.encode_text(tokens)))
         student = 0
@@ -43,10 +52,28 @@ def forward_flops(model: DinoRankCLIP) -> dict[str, int]:
             text: Any = model.student["text"]
             features, valid = model.trunk.text_features(tokens)[1:]
             student += _count(lambda: text.predict_global(text(features, valid)))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return {"trunk": trunk, "student": student, "fusion": total - trunk - student, "total": total}
+
+
+def _one_sample(model: DinoRankCLIP) -> tuple[Tensor, Tensor]:
+    """images (1, 3, H, W), tokens (1, L)."""
+    parameter = next(model.parameters())
+    size = model.arguments["image_size"]
+    images = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
+    return images, model.trunk.tokenizer(["a photo"]).to(parameter.device)
+
+
+@contextmanager
+def _at_rest(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode for a while: batch norm would refuse, or remember, the statistics of one sample."""
+    training = {part: part.training for module in modules for part in module.modules()}
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
 
 
 def _count(work: Callable[[], object]) -> int:

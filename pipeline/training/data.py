@@ -6,7 +6,7 @@ B: pairs in this process's batch; L: context length; C: components of a scale; g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache.layout import GEOMETRY
 from pipeline.cache.reader import Cache
+from pipeline.data.augment import SimCLRViews
 from pipeline.data.geometry import ViewSpec, view_choice
 from pipeline.data.roi import BOXES, RoiSpec
 from pipeline.data.samples import SampleError, SampleReader
 from pipeline.data.views import Preprocess
 from pipeline.errors import PipeError
 from pipeline.training.sampler import Step, caption_choice
+from pipeline.training.second_captions import SecondCaption
 
 
 @dataclass
@@ -36,18 +38,45 @@ class Batch:
     tokens: Tensor  # (B, L) int64
     targets: dict[str, Tensor] | None  # as stored: scale (B, g², C), global (B, C) float16; BOXES (B, 4)
     failed: list[tuple[int, str]] = field(default_factory=list)
+    second_tokens: Tensor | None = None  # (B, L) int64, of a second caption
+    augmented: Tensor | None = None  # (B, 2, 3, H, W) float32, two views that are no one else's
 
     def pin_memory(self) -> Batch:
-        targets = None if self.targets is None else {k: v.pin_memory() for k, v in self.targets.items()}
-        return Batch(
-            self.step, self.epoch, self.rows, self.images.pin_memory(), self.tokens.pin_memory(), targets, self.failed
-        )
+        return self._moved(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
         """Copies to `device`; the cached targets cross as they are stored (int8) and are scaled there."""
-        move: Callable[[Tensor], Tensor] = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        targets = None if self.targets is None else {k: move(v) for k, v in self.targets.items()}
-        return Batch(self.step, self.epoch, self.rows, move(self.images), move(self.tokens), targets, self.failed)
+        return self._moved(lambda x: x.to(device, non_blocking=True))
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with everything that the model reads moved."""
+        return replace(
+            self,
+            images=move(self.images),
+            tokens=move(self.tokens),
+            targets=None if self.targets is None else {k: move(v) for k, v in self.targets.items()},
+            second_tokens=None if self.second_tokens is None else move(self.second_tokens),
+            augmented=None if self.augmented is None else move(self.augmented),
+        )
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the objective's forward takes besides `progress`, by its own names."""
+        names = ("images", "tokens", "targets", "second_tokens", "augmented")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class _Pair:
+    """One row of a batch in the making."""
+
+    row: int
+    image: Tensor
+    caption: str
+    view: ViewSpec | None
+    box: np.ndarray | None
+    second: str | None
+    augmented: Tensor | None
 
 
 class PairDataset(Dataset[Batch]):
@@ -61,6 +90,7 @@ class PairDataset(Dataset[Batch]):
         view_seed: that views were drawn from.
         roi: crops of the base view, another one in every epoch; the batch carries their boxes (B, 4) float32 beside
             the base view's targets, under data.roi.BOXES. Validation sees whole views.
+        second: gives each row a second caption. augment: gives each image two augmented views.
     """
 
     def __init__(
@@ -75,40 +105,57 @@ class PairDataset(Dataset[Batch]):
         views: Sequence[ViewSpec] = (),
         view_seed: int = 0,
         roi: RoiSpec | None = None,
+        second: SecondCaption | None = None,
+        augment: SimCLRViews | None = None,
     ) -> None:
         self.samples, self.preprocess, self.tokenizer = samples, preprocess, tokenizer
         self.cache, self.target_rows, self.seed = cache, target_rows, seed
         self.views, self.view_seed, self.roi = tuple(views), view_seed, roi
+        self.second, self.augment = second, augment
 
     def __getitem__(self, step: Step) -> Batch:
         self._read_ahead(step)
-        images, captions, rows, chosen, boxes, failed = [], [], [], [], [], []
+        found: list[_Pair] = []
+        failed = []
         for row in step.rows.tolist():
-            view = None if step.validates else self._view_of(step.epoch, row)
-            box = self._box_of(step, row)
             try:
-                image, of_row = self.samples.read(row)
-                images.append(self.preprocess(image, self._geometry(view, row, image), box=box))
+                found.append(self._pair(step, row))
             except SampleError as error:
                 failed.append((row, str(error)))
-                continue
-            captions.append(of_row[caption_choice(self.seed, step.epoch, row, len(of_row))])
-            rows.append(row)
-            chosen.append(view)
-            boxes.append(box)
-        targets = self._targets(np.array(rows, dtype=np.int64), chosen)
-        if targets is not None and (cut := [box for box in boxes if box is not None]):
+        rows = np.array([pair.row for pair in found], dtype=np.int64)
+        targets = self._targets(rows, [pair.view for pair in found])
+        if targets is not None and (cut := [pair.box for pair in found if pair.box is not None]):
             targets[BOXES] = torch.from_numpy(np.stack(cut))
         size = self.preprocess.view.size
         return Batch(
             step=step.step,
             epoch=step.epoch,
-            rows=torch.tensor(rows, dtype=torch.int64),
-            images=torch.stack(images) if images else torch.empty(0, 3, size, size),
-            tokens=self.tokenizer(captions) if captions else torch.empty(0, 1, dtype=torch.int64),
+            rows=torch.from_numpy(rows),
+            images=_stacked([pair.image for pair in found], (3, size, size)),
+            tokens=self._tokens([pair.caption for pair in found]),
             targets=targets,
             failed=failed,
+            second_tokens=None if self.second is None else self._tokens([pair.second or "" for pair in found]),
+            augmented=_stacked([pair.augmented for pair in found], (2, 3, size, size)) if self.augment else None,
         )
+
+    def _pair(self, step: Step, row: int) -> _Pair:
+        """Everything of one row that does not come from the cache."""
+        view, box = None if step.validates else self._view_of(step.epoch, row), self._box_of(step, row)
+        image, captions = self.samples.read(row)
+        chosen = caption_choice(self.seed, step.epoch, row, len(captions))
+        return _Pair(
+            row,
+            image=self.preprocess(image, self._geometry(view, row, image), box=box),
+            caption=captions[chosen],
+            view=view,
+            box=box,
+            second=self.second(step.epoch, row, captions, chosen) if self.second else None,
+            augmented=self.augment(image, (self.seed, step.epoch, row)) if self.augment else None,
+        )
+
+    def _tokens(self, captions: list[str]) -> Tensor:
+        return self.tokenizer(captions) if captions else torch.empty(0, 1, dtype=torch.int64)
 
     def _view_of(self, epoch: int, row: int) -> ViewSpec | None:
         """The view that an epoch takes of a row; None is the base view."""
@@ -160,6 +207,12 @@ class PairDataset(Dataset[Batch]):
                 whole = targets.setdefault(key, np.empty((len(rows), *values.shape[1:]), values.dtype))
                 whole[own] = values
         return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in targets.items()}
+
+
+def _stacked(parts: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor:
+    """(n, *shape), for n = 0 too."""
+    there = [part for part in parts if part is not None]
+    return torch.stack(there) if there else torch.empty(0, *shape)
 
 
 def permuted_rows(rows: np.ndarray, *, manifest_rows: int, seed: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder
 from pipeline.training.checkpoint import State, checkpoints, save_checkpoint
 from pipeline.training.data import Batch
+from pipeline.training.gradients import part_norms, term_norms
 from pipeline.training.schedule import learning_rate
 from pipeline.training.tracking import Tracker
 
@@ -36,6 +37,7 @@ class LoopSettings:
     grad_clip: float
     seed: int
     log_every: int
+    term_gradients_every: int | None
     checkpoint_every: int
     keep_checkpoints: int
     validate_every: int | None
@@ -52,6 +54,7 @@ class Training:
     folder: RunFolder
     config: dict[str, Any]
     data: dict[str, Any]  # what batches and targets are read from
+    wandb: str | None = None  # a project to send the figures to
     step: int = 0
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
@@ -69,7 +72,7 @@ class Training:
             validate: called by every process; its figures are logged under val/.
         """
         total, shown = self.settings.total_steps, self.accelerator.is_main_process
-        log_to = Tracker(self.folder if shown else None)
+        log_to = Tracker(self.folder if shown else None, wandb=self.wandb, config=self.config, first=self.step == 0)
         with log_to as tracker, _signals() as stop, _bar(total * self.settings.batch_size, self.samples, shown) as bar:
             clock = _Clock(self.seconds)
             while self.step < total:
@@ -91,29 +94,46 @@ class Training:
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """Forward, backward, clip, update: the whole of it."""
         settings, detailed = self.settings, self._logs_at(self.step + 1)
+        measured = self._measures_at(self.step + 1)
         if not len(batch.rows):
             raise PipeError(
                 "no image of a whole batch could be read", where=f"step {self.step}", fix="run pipe index again"
             )
         # Any random choice inside the model (dropout) is a function of the step, which makes a resume exact.
         torch.manual_seed(hash((settings.seed, self.step, self.accelerator.process_index)) & 0x7FFFFFFF)
-        self.bare.log_details = detailed  # type: ignore[assignment]
+        self.bare.log_details, self.bare.keep_terms = detailed, measured  # type: ignore[assignment]
         rate = learning_rate(
             self.step, total_steps=settings.total_steps, warmup_steps=settings.warmup_steps, peak=settings.lr
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         batch = batch.to(self.accelerator.device)
-        loss, logs = self.objective(batch.images, batch.tokens, batch.targets, self.step / settings.total_steps)
+        loss, logs = self.objective(**batch.inputs, progress=self.step / settings.total_steps)
+        if measured:
+            logs |= self._term_gradients()
         self.accelerator.backward(loss)
         limit = settings.grad_clip if settings.grad_clip > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
         self._refuse_nan(loss, batch)
+        if detailed:
+            logs |= self._part_gradients(norm, limit)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.samples += settings.batch_size
         return {"loss": loss.detach(), "grad_norm": torch.as_tensor(norm).detach(), "lr": torch.tensor(rate), **logs}
+
+    def _term_gradients(self) -> dict[str, Tensor]:
+        """The norm of each weighted term's gradient, over all parameters."""
+        learning = [p for p in self.bare.parameters() if p.requires_grad]
+        norms = term_norms(self.bare.terms, learning, self.accelerator.scaler)  # type: ignore[arg-type]
+        self.bare.terms = {}  # type: ignore[assignment]  # they hold the step's graph
+        return {f"term_grad_norm/{name}": norm for name, norm in norms.items()}
+
+    def _part_gradients(self, norm: Any, limit: float) -> dict[str, Tensor]:
+        """The norm of the gradient by part of the model, as it was before clipping: (norm, limit) undo that."""
+        clipped = max(1.0, (float(norm) + 1e-6) / limit)
+        return {f"grad_norm/{part}": clipped * found for part, found in part_norms(self.bare.named_parameters()).items()}
 
     def _after_step(self, batch: Batch, logs: dict[str, Tensor], tracker: Tracker, bar: Progress) -> None:
         for row, reason in batch.failed:
@@ -135,7 +155,12 @@ class Training:
         tracker.write(step=self.step, samples=self.samples, epoch=epoch, seconds=self.seconds, values=values)
 
     def _logs_at(self, step: int) -> bool:
-        return step % self.settings.log_every == 0 or step == 1 or step == self.settings.total_steps
+        due = step % self.settings.log_every == 0 or step == 1 or step == self.settings.total_steps
+        return due or self._measures_at(step)
+
+    def _measures_at(self, step: int) -> bool:
+        every = self.settings.term_gradients_every
+        return every is not None and (step % every == 0 or step == 1)
 
     def _due(self, every: int | None) -> bool:
         return self.step == self.settings.total_steps or (every is not None and self.step % every == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,31 @@ from pipeline.training.loop import Training
 from pipeline.training.tracking import cut_back
 
 MAY_CHANGE = {"workspace", "evaluate", "data.workers"} | {
-    f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "validate_every", "log_every")
+    f"train.{key}"
+    for key in (
+        "checkpoint_every",
+        "keep_checkpoints",
+        "validate_every",
+        "log_every",
+        "term_gradients_every",
+        "wandb",
+    )
 }
 
 
-def checkpoint_to_resume(folder: RunFolder, config: dict[str, Any], *, resume: bool) -> Path | None:
+def checkpoint_to_resume(
+    folder: RunFolder,
+    config: dict[str, Any],
+    *,
+    resume: bool,
+    completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Path | None:
     """The newest whole checkpoint of an unfinished run, None where it starts from the beginning.
 
     Args:
         config: the resolved configuration of now.
         resume: whether the user asked to go on.
+        completed: gives a configuration of an earlier release the defaults of the keys that came since.
 
     Raises:
         PipeError: the run exists and `resume` is off, or its configuration was another (the key is named).
@@ -41,7 +57,7 @@ def checkpoint_to_resume(folder: RunFolder, config: dict[str, Any], *, resume: b
         log.info("run %s has no checkpoint: it starts from the beginning", folder.name)
         folder.metrics.unlink(missing_ok=True)
         return None
-    refuse_other_config(read_state(found[-1]).config, config, folder)
+    refuse_other_config(completed(read_state(found[-1]).config), config, folder)
     return found[-1]
 
 

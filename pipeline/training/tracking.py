@@ -1,13 +1,18 @@
-"""What a run writes while it trains: metrics.jsonl (the record) and TensorBoard (the same figures, to look at)."""
+"""What a run writes while it trains: metrics.jsonl (the record); TensorBoard and, where a project is named, Weights &
+Biases (the same figures, to look at)."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.errors import PipeError
 from pipeline.run_folder import RunFolder, write_bytes
 
 
@@ -15,16 +20,31 @@ class Tracker:
     """Appends one JSON object a line. Non-finite values are written as null: JSON has no NaN.
 
     Only the main process tracks; elsewhere construct it with `folder=None` and every call does nothing.
+
+    Args:
+        wandb: the project of Weights & Biases; None sends nothing anywhere. The run there has this run's name, and a
+            resumed run goes on in it.
+        config: shown there. first: whether the run starts now, which never goes on in one that is there already.
     """
 
-    def __init__(self, folder: RunFolder | None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder | None,
+        *,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        first: bool = True,
+    ) -> None:
         self.folder = folder
         self._file: Any = None
         self._board: Any = None
+        self._wandb: Any = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             folder.path.mkdir(parents=True, exist_ok=True)
+            if wandb is not None:  # first, as it is the one that may fail
+                self._wandb = _start_wandb(folder, wandb, config or {}, first)
             self._file = folder.metrics.open("a", encoding="utf-8")
             self._board = SummaryWriter(str(folder.tensorboard))
 
@@ -38,6 +58,9 @@ class Tracker:
         self._file.flush()
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            # A resumed run repeats steps; wandb's own counter could not go back, so `step` is a figure like the others.
+            self._wandb.log({"step": step, "samples": samples, "epoch": epoch, "time": seconds, **values})
 
     def __enter__(self) -> Tracker:
         return self
@@ -48,6 +71,42 @@ class Tracker:
         if self.folder is not None:
             self._file.close()
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def refuse_without_wandb(project: str | None) -> None:
+    """Say at once, before anything is read or built, that the package is missing."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise PipeError(
+            "wandb is not installed", where="train.wandb", fix="run: pip install wandb (or leave train.wandb out)"
+        )
+
+
+def _start_wandb(folder: RunFolder, project: str, config: Mapping[str, Any], first: bool) -> Any:
+    """A run of Weights & Biases, under an id that the run's folder keeps, so that a resume finds it."""
+    refuse_without_wandb(project)
+    import wandb
+
+    kept = folder.path / "wandb.json"
+    if first or not kept.exists():
+        write_bytes(kept, json.dumps({"id": secrets.token_hex(4)}).encode())
+    try:
+        started = wandb.init(
+            project=project,
+            name=folder.name,
+            id=json.loads(kept.read_bytes())["id"],
+            resume="allow",
+            dir=str(folder.path),
+            config=dict(config),
+        )
+    except (wandb.Error, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        fix = "run: wandb login, or set WANDB_MODE=offline, or leave train.wandb out"
+        raise PipeError(f"Weights & Biases cannot be reached ({reason})", where=project, fix=fix) from error
+    started.define_metric("step", hidden=True)
+    started.define_metric("*", step_metric="step")
+    return started
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

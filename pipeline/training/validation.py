@@ -51,7 +51,7 @@ def validate(
         for batch in batches:
             numbers.append(torch.tensor([image_numbers[row] for row in batch.rows.tolist()], device=device))
             batch = batch.to(device)
-            _, logs = objective(batch.images, batch.tokens, batch.targets, 1.0)
+            _, logs = objective(**batch.inputs, progress=1.0)
             for key, value in logs.items():
                 sums[key].append(float(value))
             pair = [model.encode_image(batch.images), model.encode_text(batch.tokens)]  # type: ignore[operator]

@@ -6,14 +6,14 @@ import pytest
 import torch
 from brute_force import ranking_loss
 from scipy.stats import kendalltau
-from tiny_model import TinyModel, batch, info, objective
+from tiny_model import TinyModel, batch, extras, info, objective
 
 from pipeline.errors import PipeError
 from pipeline.losses.agreement import kendall_tau, order_agreement
-from pipeline.losses.contrastive import info_nce
+from pipeline.losses.contrastive import info_nce, simclr
 from pipeline.losses.distillation import global_loss, gram_loss, rkd_loss
-from pipeline.losses.objective import LossWeights, ramp
 from pipeline.losses.pairs import Pairs
+from pipeline.losses.weights import LossWeights, ramp
 
 ONLY_LISTS = {"gram": 0.0, "rkd": 0.0, "global_": 0.0, "gate_l1": 0.0, "conflict": 0.0}
 
@@ -29,7 +29,8 @@ def test_linear_ramp_is_the_published_schedule() -> None:
     tested = objective(1, student=False, cross=0.0625, in_modal=0.0625, ramp=2 / 3, ramp_shape="linear")
     for epoch in (1, 10, 43, 44, 64):
         published = min(max(3 * (epoch - 1) / 63, 0), 2) / 32
-        assert tested.weights((epoch - 1) / 63) == pytest.approx((published, published))
+        found = tested.loss_weights.ranking((epoch - 1) / 63)
+        assert found == pytest.approx({"cross": published, "in_modal": published})
 
 
 def test_no_ramp_is_full_weight_from_the_start() -> None:
@@ -59,8 +60,7 @@ def test_loss_is_the_sum_of_its_weighted_terms(order: int, progress: float) -> N
     expected = expected + 0.2 * opened + 2.0 * logs["conflict"]
     if order:
         maps = dict(tested.transitions.items()) or None
-        w_c, w_i = tested.weights(progress)
-        for group, weight in (("cross", w_c), ("in_modal", w_i)):
+        for group, weight in tested.loss_weights.ranking(progress).items():
             of_group = ranking_loss(out.v, out.w, out.logit_scale, maps, group=group, transition_depth=3)
             assert float(logs[group]) == pytest.approx(float(of_group.detach()), rel=1e-6)
             expected = expected + weight * of_group
@@ -88,6 +88,57 @@ def test_gradients_are_those_of_the_weighted_sum() -> None:
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, msg=name)
 
 
+def test_baselines_terms_stand_beside_the_contrastive_loss() -> None:
+    images, tokens, _ = batch(6)
+    more = extras(6)
+    tested = objective(0, student=False, cyclic_in_modal=0.25, cyclic_cross=0.5, simclr=2.0, simclr_hidden=5)
+    loss, logs = tested(images, tokens, None, 1.0, **more)
+    out = tested.model(images, tokens)
+    v, w, s = out.v.detach(), out.w.detach(), out.logit_scale.detach()
+    logits = s * v @ w.T
+    in_modal = ((s * v @ v.T - s * w @ w.T) ** 2).mean() / s**2 * 6  # as CyCLIP's code has it
+    cross = ((logits - logits.T) ** 2).mean() / s**2 * 6
+    assert float(logs["cyclic/in_modal"]) == pytest.approx(float(in_modal), rel=1e-9)
+    assert float(logs["cyclic/cross"]) == pytest.approx(float(cross), rel=1e-9)
+    projected = [tested.simclr(tested.model.trunk.pooled(view)) for view in more["augmented"].unbind(1)]
+    of_views = simclr(*projected, temperature=0.1).mean()
+    assert float(logs["simclr"]) == pytest.approx(float(of_views.detach()), rel=1e-9)
+    expected = info_nce(Pairs.alone(v, w, s)).mean() + 0.25 * in_modal + 0.5 * cross + 2.0 * of_views
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_alip_replaces_infonce_by_its_weighted_pair_over_several_steps() -> None:
+    """Against the published schedule: the averages move first, over the whole batch; validation leaves them alone."""
+    images, tokens, _ = batch(6)
+    second = extras(6)["second_tokens"]
+    tested = objective(0, student=False, contrastive="alip")
+    means = [1.0, 1.0, 1.0]
+    for step in range(3):
+        tested.train(step != 1)
+        loss, logs = tested(images, tokens, None, 1.0, second)
+        out, c = tested.model(images, tokens), tested.model.encode_text(second)
+        similarities = [(out.w * c).sum(1), (out.v * out.w).sum(1), (out.v * c).sum(1)]
+        if tested.training:
+            means = [0.99 * h + 0.01 * float(x.mean()) for h, x in zip(means, similarities, strict=True)]
+        raw = [torch.exp(x.detach() - h) ** 2 for h, x in zip(means, similarities, strict=True)]
+        low = raw[0] < 1
+        weights = [torch.where(low, raw[0], 1.0), torch.where(low, raw[1], 1.0), torch.where(low, raw[2], 1.0)]
+        of_texts = info_nce(Pairs.alone(out.v, out.w, out.logit_scale))
+        of_captions = info_nce(Pairs.alone(out.v, c, out.logit_scale))
+        expected = (weights[0] * weights[1] * of_texts).mean() + (weights[0] * weights[2] * of_captions).mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+        assert float(logs["info_nce"]) == pytest.approx(float(of_texts.mean().detach()))
+        assert float(logs["alip/mean/image_text"]) == pytest.approx(means[1], rel=1e-6)
+
+
+def test_a_batch_without_what_a_baseline_reads_is_refused() -> None:
+    images, tokens, _ = batch(4)
+    with pytest.raises(PipeError, match="pipe caption"):
+        objective(0, student=False, contrastive="alip")(images, tokens, None, 1.0)
+    with pytest.raises(PipeError, match="augmented views"):
+        objective(0, student=False, simclr=1.0, simclr_hidden=5)(images, tokens, None, 1.0)
+
+
 def test_conflict_is_taken_at_the_trunk_side_by_side() -> None:
     tested = objective(0, **(ONLY_LISTS | {"conflict": 2.0}))
     images, tokens, stored = batch(6)
@@ -109,7 +160,8 @@ def test_conflict_is_taken_at_the_trunk_side_by_side() -> None:
 
 
 def test_each_group_of_lists_has_a_weight_of_its_own() -> None:
-    assert objective(1, cross=0.4, in_modal=0.9).weights(1.0) == (0.4, 0.9)
+    assert LossWeights(cross=0.4, in_modal=0.9).ranking(1.0) == {"cross": 0.4, "in_modal": 0.9}
+    assert LossWeights(cross=0.4, in_modal=0.0).ranking(1.0) == {"cross": 0.4}
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])

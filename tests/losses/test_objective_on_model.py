@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.losses.objective import LossWeights, Objective, TargetInfo
+from pipeline.losses.objective import Objective, TargetInfo
+from pipeline.losses.weights import LossWeights
 from pipeline.models.dinorankclip import DinoRankCLIP
 
 TRUNK = {

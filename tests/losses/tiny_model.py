@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.losses.objective import LossWeights, Objective
+from pipeline.losses.objective import Objective
 from pipeline.losses.targets import TargetInfo
+from pipeline.losses.weights import LossWeights
 
-PIXELS, VOCABULARY, WIDTH, TOKENS, TEACHER = 12, 11, 6, 4, 5
+PIXELS, VOCABULARY, WIDTH, TOKENS, TEACHER, POOLED = 12, 11, 6, 4, 5, 7
 
 
 class TinyModel(nn.Module):
@@ -20,9 +21,10 @@ class TinyModel(nn.Module):
     def __init__(self, *, student: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.trunk = SimpleNamespace(embed_dim=WIDTH)
+        self.trunk = SimpleNamespace(embed_dim=WIDTH, pooled_width=POOLED, pooled=self._pooled)
         self.has_student = student
         self.image, self.text = nn.Linear(PIXELS, WIDTH), nn.EmbeddingBag(VOCABULARY, WIDTH)
+        self.pool = nn.Linear(PIXELS, POOLED)
         self.log_scale = nn.Parameter(torch.tensor(2.0))
         if student:
             self.tokens = nn.Linear(PIXELS, TOKENS * 3)
@@ -44,9 +46,16 @@ class TinyModel(nn.Module):
         out = (base + gamma * tangent) / torch.sqrt(1 + gamma**2 * tangent.square().sum(1, keepdim=True))
         return out, SimpleNamespace(gate=gate, delta=delta, gamma=gamma, tangent=tangent)
 
+    def _pooled(self, images: Tensor) -> Tensor:
+        return self.pool(images.flatten(1).to(self.pool.weight.dtype))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        text = F.normalize(self.text(tokens), dim=1)
+        return self._side("text", text)[0] if self.has_student else text
+
     def forward(self, images: Tensor, tokens: Tensor) -> SimpleNamespace:
         flat = images.flatten(1).to(self.image.weight.dtype)
-        image, text = self.image(flat), self.text(tokens)
+        image, text = self.image(flat) + 0.0 * self.pool(flat).sum(), self.text(tokens)
         z, t = F.normalize(image, dim=1), F.normalize(text, dim=1)
         out = SimpleNamespace(z=z, t=t, v=z, w=t, logit_scale=self.log_scale.exp(), image=None, text=None)
         out.student_tokens = out.image_global = out.text_global = out.text_pooled = None
@@ -65,6 +74,15 @@ def batch(n: int, *, seed: int = 0) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     tokens = torch.randint(0, VOCABULARY, (n, 3), generator=generator)
     fine = torch.randint(-127, 128, (n, TOKENS, 3), generator=generator, dtype=torch.int8)
     return images, tokens, {"fine": fine, "global": torch.randn(n, TEACHER, generator=generator).half()}
+
+
+def extras(n: int, *, seed: int = 1) -> dict[str, Tensor]:
+    """second_tokens (n, 3) and augmented (n, 2, 3, 2, 2), what ALIP and SLIP take besides."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "second_tokens": torch.randint(0, VOCABULARY, (n, 3), generator=generator),
+        "augmented": torch.randn(n, 2, 3, 2, 2, generator=generator),
+    }
 
 
 def info() -> TargetInfo:

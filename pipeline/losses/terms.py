@@ -1,0 +1,121 @@
+"""The objective's terms, added up one by one: each with its weight, what is logged of it, and its own graph.
+
+Legend: B own pairs, N gathered pairs, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.losses.distillation import global_loss, gram_loss, rkd_loss
+from pipeline.losses.gate import conflict, gate_l1, info_nce_gradients
+from pipeline.losses.pairs import Pairs
+from pipeline.losses.plackett_luce import at_least_float32
+from pipeline.losses.targets import GLOBAL
+from pipeline.losses.weights import LossWeights
+
+if TYPE_CHECKING:
+    from pipeline.models.dinorankclip import Forward, Side
+
+Logs = dict[str, Tensor]
+SideName = Literal["image", "text"]
+
+
+@dataclass
+class Sum:
+    """A loss in the making.
+
+    Attributes:
+        total: Σ weight · term, (), with gradient.
+        terms: name → weight · term, (), with gradient; for their gradients one by one.
+        logs: name → value, with or without gradient.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    logs: Logs = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor, weight: float) -> None:
+        """Add weight · value, value (); a weight of 0 leaves the graph alone."""
+        self.logs[f"weight/{name}"] = value.new_tensor(weight)
+        if weight:
+            self.terms[name] = weight * value
+            self.total = self.total + self.terms[name]
+
+
+def add_distillation(
+    found: Sum,
+    out: Forward,
+    teacher: Mapping[str, Tensor],
+    pairs: Pairs,
+    weights: LossWeights,
+    residuals: nn.ParameterDict,
+    baselines: Mapping[str, float],
+) -> None:
+    """λ_gram L_gram + λ_rkd L_rkd + λ_global L_global, each in units of its baseline, averaged over scales and branches.
+
+    Args:
+        teacher: scale → (B, T, K), "global" → (B, C). residuals: log ρ² by relational term. baselines: by logged name.
+    """
+    students = out.student_tokens or {}
+    relational = partial(rkd_loss, first=pairs.first, sizes=pairs.sizes)
+    values: dict[str, dict[str, Tensor]] = {"gram": {}, "rkd": {}, "global": {}}
+    for name, tokens in students.items():
+        if weights.gram:
+            values["gram"][name] = gram_loss(tokens, teacher[name])
+        if weights.rkd:
+            pooled = tokens.mean(1, dtype=pairs.scale.dtype)
+            values["rkd"][name] = relational(pooled, teacher[name].mean(1), residual=residuals[name].exp())
+    if weights.rkd and out.text_pooled is not None:
+        unit = nn.functional.normalize(teacher[GLOBAL], dim=1)
+        values["rkd"][GLOBAL] = relational(out.text_pooled, unit, residual=residuals[GLOBAL].exp())
+    if weights.global_:
+        heads = {"image": out.image_global, "text": out.text_global}
+        values["global"] |= {k: global_loss(x, teacher[GLOBAL]) for k, x in heads.items() if x is not None}
+    found.logs |= {f"residual/{name}": value.detach().exp() for name, value in residuals.items()}
+    for term, weight in (("gram", weights.gram), ("rkd", weights.rkd), ("global", weights.global_)):
+        ratios = {k: pairs.mean(x) / baselines[f"{term}/{k}"] for k, x in values[term].items()}
+        found.logs |= {f"{term}/{name}": ratio for name, ratio in ratios.items()}
+        if ratios:
+            found.add(term, torch.stack(list(ratios.values())).mean(), weight)
+
+
+def add_gate(
+    found: Sum, out: Forward, pairs: Pairs, weights: LossWeights, gate_on: Callable[[SideName], Callable[..., Tensor]]
+) -> None:
+    """λ_gate |γ| L1(g) + λ_conflict L_conflict, both sides averaged; nothing where nothing is injected.
+
+    Args:
+        gate_on: a side → its gate as a function of detached (z, Δ).
+    """
+    sides: dict[SideName, tuple[Tensor, Side]] = {}
+    if out.image is not None:
+        sides["image"] = (out.z, out.image)
+    if out.text is not None:
+        sides["text"] = (out.t, out.text)
+    if not sides:
+        return
+    gates = {name: at_least_float32(side.gate) for name, (_, side) in sides.items()}
+    found.logs["gate_l1"] = pairs.mean(gate_l1(list(gates.values()), [side.gamma for _, side in sides.values()]))
+    for name, (_, side) in sides.items():
+        found.logs |= {f"gamma/{name}": side.gamma, f"gate_mean/{name}": pairs.mean(gates[name].mean(1))}
+    found.add("gate_l1", found.logs["gate_l1"], weights.gate_l1)
+    if not weights.conflict:
+        return
+    z, t = (at_least_float32(x.detach()) for x in (out.z, out.t))
+    trunk = Pairs.gathered(z, t, pairs.scale.detach(), pairs.sizes)
+    gradients: dict[SideName, Tensor] = dict(zip(("image", "text"), info_nce_gradients(trunk), strict=True))  # type: ignore[arg-type]
+    values = [
+        conflict(
+            at_least_float32(base), gradients[name], at_least_float32(side.delta), side.gamma, gate_on(name)
+        )
+        for name, (base, side) in sides.items()
+    ]
+    found.logs["conflict"] = pairs.mean(torch.stack(values).mean(0))
+    found.add("conflict", found.logs["conflict"], weights.conflict)
