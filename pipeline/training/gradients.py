@@ -6,7 +6,7 @@ Nothing here changes a step: gradients of single terms are taken from the step's
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.distributed import mean_over_ranks
 from pipeline.losses.plackett_luce import at_least_float32
+
+BUCKET = 1 << 24  # numbers in one exchange
 
 
 def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], scaler: Any = None) -> dict[str, Tensor]:
@@ -30,9 +32,21 @@ def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], 
     for name, term in terms.items():
         found = torch.autograd.grad(factor * term, parameters, retain_graph=True, allow_unused=True)
         # A parameter that this process's graph does not reach is not reached in any: the graphs are alike.
-        squared = [mean_over_ranks(at_least_float32(g)).div(factor).square().sum() for g in found if g is not None]
+        squared = [mean.div(factor).square().sum() for mean in _averaged(g for g in found if g is not None)]
         norms[name] = torch.stack(squared).sum().sqrt() if squared else term.new_zeros(())
     return norms
+
+
+def _averaged(gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Their means over processes, flat, many in one exchange."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        bucket.append(at_least_float32(gradient).flatten())
+        if sum(map(len, bucket)) >= BUCKET:
+            yield mean_over_ranks(torch.cat(bucket))
+            bucket = []
+    if bucket:
+        yield mean_over_ranks(torch.cat(bucket))
 
 
 def part_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ def test_alip_replaces_infonce_by_its_weighted_pair_over_several_steps() -> None
         out, c = tested.model(images, tokens), tested.model.encode_text(second)
         similarities = [(out.w * c).sum(1), (out.v * out.w).sum(1), (out.v * c).sum(1)]
         if tested.training:
-            means = [0.99 * h + 0.01 * float(x.mean()) for h, x in zip(means, similarities, strict=True)]
+            means = [0.99 * h + 0.01 * float(x.detach().mean()) for h, x in zip(means, similarities, strict=True)]
         raw = [torch.exp(x.detach() - h) ** 2 for h, x in zip(means, similarities, strict=True)]
         low = raw[0] < 1
         weights = [torch.where(low, raw[0], 1.0), torch.where(low, raw[1], 1.0), torch.where(low, raw[2], 1.0)]
