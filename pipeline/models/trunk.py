@@ -1,6 +1,6 @@
 """The trunk: an open_clip dual encoder, by name or by configuration, with what the student needs of its text tower.
 
-Legend: B images or texts, L text positions, W text width, D joint width.
+Legend: B images or texts, L text positions, W text width, P pooled width, D joint width.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipeError
 from pipeline.models.geometry import normalise
+from pipeline.models.pooled import pooled, pooled_width
 
 MAX_SCALE = 100.0
 CONFIG_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
@@ -66,6 +67,15 @@ class Trunk(nn.Module):
         In float32 to the bit open_clip's encode_image(normalize=True); under autocast open_clip normalises in bfloat16.
         """
         return normalise(self.clip.visual(images))  # type: ignore[operator]
+
+    @property
+    def pooled_width(self) -> int:
+        """P, the width of `pooled`."""
+        return pooled_width(self.clip.visual)
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Image features before the joint projection: images (B, 3, H, W) normalised → (B, P); see models.pooled."""
+        return pooled(self.clip.visual, images)
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """t: tokens (B, L) → (B, D)."""
