@@ -80,3 +80,11 @@ def tiny_stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     index.run(config)
     extract_teacher.run(config, limit=None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gloo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the tests of several processes found; see gloo_processes."""
+    import gloo_processes
+
+    return gloo_processes.start(tmp_path_factory.mktemp("gloo"))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pipeline.distributed import mean_over_ranks, rank
+from pipeline.distributed import mean_over_ranks
 from pipeline.losses.contrastive import AdaptiveWeights, alip, cyclic, simclr
 from pipeline.losses.pairs import Pairs
 from pipeline.models.simclr import BatchNormAcross, SimCLRHead
@@ -101,40 +97,19 @@ def run_norm(rows: slice) -> dict[str, Any]:
     }
 
 
-def as_process(number: int, folder: str) -> None:
-    """One of four processes, the first two of which are two as well."""
-    torch.set_num_threads(1)
-    for world in (4, 2):
-        if number >= world:
-            continue
-        meeting, patience = f"file://{folder}/meet{world}", timedelta(minutes=2)
-        dist.init_process_group("gloo", init_method=meeting, rank=number, world_size=world, timeout=patience)
-        try:
-            found = {}
-            for split in (split for split in SPLITS if len(split) == world):
-                own = slice(sum(split[: rank()]), sum(split[: rank() + 1]))
-                found[str(split)] = {"losses": run_losses(own), "norm": run_norm(own)}
-        finally:
-            dist.destroy_process_group()
-        torch.save(found, Path(folder) / f"{world}-{number}.pt")
+def as_one_of(number: int, world: int) -> dict[str, Any]:
+    """This process's part; see gloo_processes."""
+    found = {}
+    for split in (split for split in SPLITS if len(split) == world):
+        own = slice(sum(split[:number]), sum(split[: number + 1]))
+        found[str(split)] = {"losses": run_losses(own), "norm": run_norm(own)}
+    return found
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def processes(gloo: Any) -> dict[str, list[dict[str, Any]]]:
     """What every process found, by split."""
-    folder = tmp_path_factory.mktemp("gloo")
-    others = [mp.get_context("spawn").Process(target=as_process, args=(n, str(folder))) for n in (1, 2, 3)]
-    for other in others:
-        other.start()
-    try:
-        as_process(0, str(folder))  # this process is rank 0: one import of torch less
-    finally:
-        for other in others:
-            other.join(timeout=60)
-            other.kill()
-    found = {
-        world: [torch.load(folder / f"{world}-{n}.pt", weights_only=True) for n in range(world)] for world in (2, 4)
-    }
+    found = gloo["test_baselines_distributed"]
     return {str(split): [part[str(split)] for part in found[len(split)]] for split in SPLITS}
 
 
