@@ -68,7 +68,9 @@ class DataConfig(Section):
     cache: Source | None = None  # the teacher cache to read, a folder or a URL; null: workspace/teacher.zarr
     cache_access: Literal["auto", "map", "read"] = "auto"  # auto: positioned reads on network disks, else memory maps
     permute_targets: bool = False  # the control `shuffled-cache`
-    second_caption: Literal["synthetic", "another"] = "synthetic"  # ALIP's: of `pipe caption`, or another of the row's own
+    second_caption: Literal["synthetic", "another"] = (
+        "synthetic"  # ALIP's: of `pipe caption`, or another of the row's own
+    )
     roi: RoiConfig | None = None  # crops of the one stored view, with targets that are approximate
 
 
@@ -198,7 +200,9 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = 2
     validate_every: Positive | None = 500
     log_every: Positive = 10
-    term_gradients_every: Positive | None = 500  # steps between measurements of every term's gradient; one backward each
+    term_gradients_every: Positive | None = (
+        500  # steps between measurements of every term's gradient; one backward each
+    )
     wandb: str | None = None  # a project of Weights & Biases to send the figures to
 
     @field_validator("precision", mode="before")

@@ -14,6 +14,7 @@ from pipeline.config import Config
 from pipeline.config_schema import TeacherConfig
 from pipeline.console import log
 from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.synthetic_captions import SyntheticCaptions, open_captions
 from pipeline.errors import PipeError
 from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file, write_bytes, write_json
 
@@ -39,7 +40,7 @@ class Data:
             "train_rows": len(self.train_rows),
             "train_rows_sha256": hashlib.sha256(self.train_rows.astype("<i8").tobytes()).hexdigest(),
             "cache": None if self.cache is None else self.cache.digest,
-        } | ({} if self.captions is None else {"captions": self.captions.sha256()})
+        } | ({} if self.captions is None else {"captions": sha256_file(self.captions.path)})
 
 
 def open_data(workspace: Workspace, config: Config) -> Data:
@@ -72,9 +73,7 @@ def open_data(workspace: Workspace, config: Config) -> Data:
 def _second_captions(
     workspace: Workspace, config: Config, manifest: Manifest, rows: dict[str, np.ndarray]
 ) -> tuple[SyntheticCaptions | None, dict[str, np.ndarray]]:
-    """Where second captions come from, and the rows that have one; refused where it is not almost all of them."""
-    from pipeline.data.synthetic_captions import open_captions
-
+    """Where second captions come from, and the rows that have one."""
     if config.data.second_caption == "another":
         for split, of_split in rows.items():
             single = int((manifest.caption_counts(of_split) < 2).sum())
@@ -87,6 +86,20 @@ def _second_captions(
         return None, rows
     captions = open_captions(workspace.captions, manifest)
     return captions, {split: _captioned(captions, of_split, split) for split, of_split in rows.items()}
+
+
+def _captioned(captions: SyntheticCaptions, rows: np.ndarray, split: str) -> np.ndarray:
+    """The rows that have a synthetic caption; those that the captioner failed at are left out."""
+    absent, failed = captions.without(rows)
+    if absent.any():
+        raise PipeError(
+            f"{int(absent.sum()):,} of {len(rows):,} {split} rows have not been captioned",
+            where=captions.path,
+            fix="run: pipe caption",
+        )
+    if failed.any():
+        log.info("leaving out %d %s rows that the captioner could say nothing of", int(failed.sum()), split)
+    return rows[~failed]
 
 
 def cache_place(workspace: Workspace, config: Config) -> str:
@@ -263,6 +276,7 @@ def _loss_values(config: Config) -> dict[str, Any]:
 
 def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
     from pipeline.data.augment import SimCLRViews
+
     from pipeline.data.samples import SampleReader
     from pipeline.data.views import Preprocess, View
     from pipeline.training.data import PairDataset, permuted_rows

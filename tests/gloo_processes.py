@@ -36,9 +36,7 @@ def start(folder: Path) -> Found:
             other.join(timeout=60)
             other.kill()
     load = lambda module, world, n: torch.load(folder / f"{module}-{world}-{n}.pt", weights_only=True)  # noqa: E731
-    return {
-        module: {world: [load(module, world, n) for n in range(world)] for world in WORLDS} for module in MODULES
-    }
+    return {module: {world: [load(module, world, n) for n in range(world)] for world in WORLDS} for module in MODULES}
 
 
 def _as_process(number: int, folder: str) -> None:

@@ -47,7 +47,7 @@ def test_an_explicit_set_may_vary_a_methods_weights(tmp_path):
         ({"train.method": "clip", "model.fusion": "full"}, "--method dinorankclip --order 0 --fusion full"),
         (
             {"train.method": "cyclip", "train.order": 3},
-            "--method dinorankclip --order 3 --fusion none --set loss.cyclic_in_modal=0.25 --set loss.cyclic_cross=0.25",
+            "--order 3 --fusion none --set loss.cyclic_in_modal=0.25 --set loss.cyclic_cross=0.25",
         ),
         ({"train.method": "alip", "train.order": 2}, "--order 2 --fusion none --set loss.contrastive=alip"),
         ({"train.method": "slip", "model.fusion": "full"}, "--order 0 --fusion full --set loss.simclr=1.0"),

@@ -131,10 +131,7 @@ class Objective(nn.Module):
             self._distillation(found, out, targets, pairs)
             add_gate(found, out, pairs, self.loss_weights, self._gate_on)
             if projected is not None:
-                place = {"sizes": pairs.sizes, "first_row": pairs.first}
-                each = simclr(*projected, temperature=self.loss_weights.simclr_temperature, **place)
-                found.logs["simclr"] = pairs.mean(each)
-                found.add("simclr", found.logs["simclr"], self.loss_weights.simclr)
+                self._simclr(found, pairs, *projected)
             shown = self.log_details or not self.training
             if shown:
                 found.logs |= order_agreement(pairs)
@@ -180,6 +177,12 @@ class Objective(nn.Module):
                 found.logs[f"cyclic/{name}"] = pairs.mean(values[name])
                 found.add(f"cyclic/{name}", found.logs[f"cyclic/{name}"], weight)
 
+    def _simclr(self, found: Sum, pairs: Pairs, first: Tensor, second: Tensor) -> None:
+        temperature = self.loss_weights.simclr_temperature
+        each = simclr(first, second, temperature=temperature, sizes=pairs.sizes, first_row=pairs.first)
+        found.logs["simclr"] = pairs.mean(each)
+        found.add("simclr", found.logs["simclr"], self.loss_weights.simclr)
+
     def _lists(self, found: Sum, pairs: Pairs, progress: float) -> None:
         """w_c L_cross + w_i L_in; nothing for order 0 and where both λ are 0."""
         now = self.loss_weights.ranking(progress)
@@ -191,7 +194,7 @@ class Objective(nn.Module):
         found.logs |= both.terms
         found.logs |= {f"weight/{group}": pairs.scale.new_tensor(weight) for group, weight in now.items()}
         for name, head in self.transitions.items():
-            betas = head.betas.detach().clone()  # type: ignore[union-attr, operator]
+            betas = head.betas.detach().clone()  # type: ignore[operator]
             found.logs |= {f"beta/{name}/{r}": beta for r, beta in enumerate(betas, start=2)}
         if self.keep_terms:  # the fused loss has one gradient for both groups
             found.terms |= {
@@ -209,9 +212,7 @@ class Objective(nn.Module):
             return
         if stored is None:
             raise PipeError("a batch without teacher targets cannot be distilled", fix="train with --fusion none")
-        add_distillation(
-            found, out, self.targets(stored), pairs, self.loss_weights, self.residuals, self.baselines
-        )
+        add_distillation(found, out, self.targets(stored), pairs, self.loss_weights, self.residuals, self.baselines)
 
     def _gate_on(self, side: SideName) -> Callable[[Tensor, Tensor], Tensor]:
         gate: Callable[[Tensor, Tensor], Tensor] = partial(self.model.gate_on, side)

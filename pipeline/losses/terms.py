@@ -58,7 +58,7 @@ def add_distillation(
     residuals: nn.ParameterDict,
     baselines: Mapping[str, float],
 ) -> None:
-    """λ_gram L_gram + λ_rkd L_rkd + λ_global L_global, each in units of its baseline, averaged over scales and branches.
+    """λ_gram L_gram + λ_rkd L_rkd + λ_global L_global, each in units of its baseline; means over scales and branches.
 
     Args:
         teacher: scale → (B, T, K), "global" → (B, C). residuals: log ρ² by relational term. baselines: by logged name.
@@ -110,11 +110,9 @@ def add_gate(
         return
     z, t = (at_least_float32(x.detach()) for x in (out.z, out.t))
     trunk = Pairs.gathered(z, t, pairs.scale.detach(), pairs.sizes)
-    gradients: dict[SideName, Tensor] = dict(zip(("image", "text"), info_nce_gradients(trunk), strict=True))  # type: ignore[arg-type]
+    gradients: dict[SideName, Tensor] = dict(zip(("image", "text"), info_nce_gradients(trunk), strict=True))
     values = [
-        conflict(
-            at_least_float32(base), gradients[name], at_least_float32(side.delta), side.gamma, gate_on(name)
-        )
+        conflict(at_least_float32(base), gradients[name], at_least_float32(side.delta), side.gamma, gate_on(name))
         for name, (base, side) in sides.items()
     ]
     found.logs["conflict"] = pairs.mean(torch.stack(values).mean(0))

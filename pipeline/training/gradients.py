@@ -18,7 +18,9 @@ from pipeline.losses.plackett_luce import at_least_float32
 BUCKET = 1 << 24  # numbers in one exchange
 
 
-def term_norms(terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], scaler: Any = None) -> dict[str, Tensor]:
+def term_norms(
+    terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter], scaler: Any = None
+) -> dict[str, Tensor]:
     """‖∂(λ · term)/∂parameters‖ of every weighted term, over all processes' pairs; the graphs are kept.
 
     One backward a term. Every process must call it in the same step, with the same terms.

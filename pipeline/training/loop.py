@@ -133,7 +133,9 @@ class Training:
     def _part_gradients(self, norm: Any, limit: float) -> dict[str, Tensor]:
         """The norm of the gradient by part of the model, as it was before clipping: (norm, limit) undo that."""
         clipped = max(1.0, (float(norm) + 1e-6) / limit)
-        return {f"grad_norm/{part}": clipped * found for part, found in part_norms(self.bare.named_parameters()).items()}
+        return {
+            f"grad_norm/{part}": clipped * found for part, found in part_norms(self.bare.named_parameters()).items()
+        }
 
     def _after_step(self, batch: Batch, logs: dict[str, Tensor], tracker: Tracker, bar: Progress) -> None:
         for row, reason in batch.failed:

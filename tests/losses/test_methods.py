@@ -36,7 +36,9 @@ def check(tested: Objective, loss: torch.Tensor, expected: torch.Tensor) -> None
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     theirs = torch.autograd.grad(expected, parameters, allow_unused=True)
     for (name, parameter), ours, other in zip(tested.named_parameters(), found, theirs, strict=True):
-        torch.testing.assert_close(ours, torch.zeros_like(parameter) if other is None else other, rtol=1e-6, atol=1e-9, msg=name)
+        torch.testing.assert_close(
+            ours, torch.zeros_like(parameter) if other is None else other, rtol=1e-6, atol=1e-9, msg=name
+        )
 
 
 @pytest.mark.parametrize("method", ["clip", "cyclip"])

@@ -43,7 +43,9 @@ def test_a_baseline_trains_is_recorded_and_loads(folder, method):
     plain = run(folder, name="clip", **{"train.method": "clip"})
     assert losses(done) != losses(plain)
     model, _, _ = load(done.path)
-    assert {name for name, _ in model.named_parameters()} == {name for name, _ in load(plain.path)[0].named_parameters()}
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name, _ in load(plain.path)[0].named_parameters()
+    }
     cost = {name: read_json(x.record)["flops_per_sample"] for name, x in (("own", done), ("clip", plain))}
     assert (cost["own"] > cost["clip"]) == (method != "cyclip")
     assert (record["simclr_parameters"] > 0) == (method == "slip")

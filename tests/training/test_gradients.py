@@ -34,7 +34,11 @@ def test_gradients_of_the_terms_add_up_to_the_gradient_of_the_loss(case):
     loss, _ = forward(tested)
     parameters = list(tested.parameters())
     names = set(tested.terms)
-    assert names >= ({"contrastive", "cross", "in_modal", "gram", "rkd", "global", "gate_l1", "conflict"} if "all" in case else {"contrastive"})
+    assert names >= (
+        {"contrastive", "cross", "in_modal", "gram", "rkd", "global", "gate_l1", "conflict"}
+        if "all" in case
+        else {"contrastive"}
+    )
     of_terms = [torch.autograd.grad(t, parameters, retain_graph=True, allow_unused=True) for t in tested.terms.values()]
     loss.backward()
     for parameter, *parts in zip(parameters, *of_terms, strict=True):
