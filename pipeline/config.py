@@ -127,7 +127,7 @@ def load_config(
 
 
 def _sections() -> list[str]:
-    """The keys of a configuration that are mappings of keys: data, teacher, model, train, loss, evaluate."""
+    """The keys of a configuration that are mappings of keys: data, teacher, model, train, loss, evaluate, caption."""
     kinds = {name: field.annotation for name, field in Config.model_fields.items()}
     return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
@@ -288,7 +288,8 @@ def _absolute_paths(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
         value = _get(out, ".".join(keys))
         if isinstance(value, str) and value and "://" not in value:
             put(out, ".".join(keys), str((base / Path(value).expanduser()).absolute()))
-    name = _get(out, "teacher.name")
-    if isinstance(name, str) and name.startswith(("hf:.", "hf:~")):  # hf:ORG/NAME is a repository
-        put(out, "teacher.name", f"hf:{(base / Path(name[3:]).expanduser()).absolute()}")
+    for key, start in (("teacher.name", "hf:"), ("caption.model", "hf:"), ("caption.model", "")):
+        name = _get(out, key)
+        if isinstance(name, str) and name.startswith((f"{start}.", f"{start}~")):  # ORG/NAME is a repository
+            put(out, key, f"{start}{(base / Path(name.removeprefix(start)).expanduser()).absolute()}")
     return out

@@ -241,6 +241,18 @@ class EvaluateConfig(Section):
     batch_size: Positive = 256
 
 
+class CaptionConfig(Section):
+    """`pipe caption`: who writes a synthetic caption of each row, and how."""
+
+    model: Source | None = None  # a folder (./FOLDER), or a repository of the hub
+    prompt: str | None = None  # null: none, or a plain one for models with a chat template
+    max_new_tokens: Positive = 40
+    num_beams: Positive = 1
+    batch_size: Positive = 32
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, else float32
+    split: Literal["all", "train"] = "all"
+
+
 class Config(Section):
     """The resolved configuration. Paths are absolute; method and fusion files have been applied."""
 
@@ -251,6 +263,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     loss: LossConfig = LossConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    caption: CaptionConfig = CaptionConfig()
 
     @model_validator(mode="after")
     def _one_way_to_crop(self) -> Config:

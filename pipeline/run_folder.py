@@ -84,6 +84,16 @@ class Workspace:
         return self.root / "teacher.zarr"
 
     @property
+    def captions(self) -> Path:
+        """Synthetic captions (`pipe caption`)."""
+        return self.root / "captions.parquet"
+
+    @property
+    def caption_parts(self) -> Path:
+        """What `pipe caption` has made so far, while it is not finished."""
+        return self.root / "captions.parts"
+
+    @property
     def runs(self) -> Path:
         return self.root / "runs"
 

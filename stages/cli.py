@@ -152,6 +152,28 @@ def extract_teacher(
     stage.run(settings, limit=limit, part=None if part is None else Part.parse(part), processes=processes)
 
 
+@app.command("caption")
+@friendly
+def caption_command(
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME_OR_FOLDER", help="The captioner; default: caption.model.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw captions of another captioner or manifest away.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="ROWS", help="Only the first rows.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is in the file as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Have a captioning model write a synthetic caption of every image."""
+    settings = load(config, sets, {"caption.model": model})
+    from stages import caption as stage
+
+    stage.run(settings, overwrite=overwrite, limit=limit, as_json=as_json)
+
+
 cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a teacher cache, check it, copy it.")
 app.add_typer(cache_app, name="cache")
 

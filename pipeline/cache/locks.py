@@ -48,6 +48,13 @@ class StoreLock:
             os.close(self._handle)
             self._handle = -1
 
+    def in_place(self) -> bool:
+        """Whether the file is still the one at its place, and not removed by whoever held it before."""
+        try:
+            return os.path.samestat(os.fstat(self._handle), os.stat(self.path / layout.LOCK))
+        except FileNotFoundError:
+            return False
+
     def exclusive(self) -> bool:
         """Take the metadata for this process alone; False where others hold it."""
         if not self._set(fcntl.F_WRLCK, METADATA):

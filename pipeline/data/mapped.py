@@ -59,9 +59,12 @@ class MappedTable:
         names, rows, metadata: the columns' names, their length, and the file's metadata (bytes → bytes).
     """
 
-    def __init__(self, path: Path, coded: Sequence[str]) -> None:
-        """Raises pa.ArrowException or OSError where this is no Parquet file."""
-        self.path, self._coded = path, list(coded)
+    def __init__(self, path: Path, coded: Sequence[str], *, remake: str = "pipe index") -> None:
+        """`remake`: the command that writes such a file, for messages.
+
+        Raises pa.ArrowException or OSError where this is no Parquet file.
+        """
+        self.path, self._coded, self._remake = path, list(coded), remake
         with pq.ParquetFile(path) as parquet:
             self.names: list[str] = parquet.schema_arrow.names
             self.rows: int = parquet.metadata.num_rows
@@ -129,7 +132,9 @@ class MappedTable:
                 same = (parquet.metadata.num_rows, parquet.metadata.metadata or {}) == (self.rows, self.metadata)
                 column = parquet.read(columns=[name]).column(0) if same else None
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise PipeError(f"cannot read column {name} ({error})", where=self.path, fix="run: pipe index") from error
+            raise PipeError(
+                f"cannot read column {name} ({error})", where=self.path, fix=f"run: {self._remake}"
+            ) from error
         if column is None:  # its columns would be of other rows than those that have been read
             raise PipeError(
                 "this file was written anew while it was being read", where=self.path, fix="run the same command again"

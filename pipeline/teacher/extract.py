@@ -17,14 +17,11 @@ Legend: n rows of a shard.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +39,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.samples import SampleReader
 from pipeline.data.views import Kind, View
 from pipeline.errors import Stopped
+from pipeline.signals import stop_on_signals
 from pipeline.teacher.calibration import Features, calibrate, choose_rows
 from pipeline.teacher.encode import ShardEncoder, work_to_do
 from pipeline.teacher.feed import Feed, Precision, in_batches
@@ -132,7 +130,7 @@ def extract(
     identity = identify(manifest, teacher, settings, precision)
     log.info("teacher %s on %s in %s, %d decoding threads", teacher.name, device, precision, feed.threads)
     part = part or Part()
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         fit: Callable[[], CacheFit] = lambda: _fit(manifest, feed, settings, out.absolute().parent, stop)  # noqa: E731
         with _set_up(out, identity, fit, settings.shard_rows, part, stop) as writer:
             rows, seconds = _write_shards(writer, feed, settings.batch_size, limit, shards, stop)
@@ -259,27 +257,6 @@ def _so_far(writer: CacheWriter) -> str:
 def _note_failures(bar: Progress, feed: Feed) -> None:
     if feed.failed:
         bar.note(f"{len(feed.failed)} undecodable")
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT ask for a stop after the batch at hand; a second SIGINT is Python's own."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        log.warning("stopping after this batch (signal %d)", number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
-        yield lambda: False
-        return
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summary(cache: Cache) -> dict[str, Any]:

@@ -8,9 +8,7 @@ remote code, no pickles. Weights must fit key by key; the library itself would f
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,15 @@ from pipeline.errors import PipeError
 from pipeline.teacher.features import Layered
 from pipeline.teacher.huggingface_folder import (
     CONFIG,
-    PREFIX,
     PROCESSOR,
     WEIGHTS,
     folder_normalisation,
     folder_origin,
-    is_path,
     label,
     local_folder,
 )
 from pipeline.teacher.huggingface_layers import HuggingFaceConvNeXt, HuggingFaceViT
+from pipeline.teacher.huggingface_load import download, quiet, refuse_misfits, short
 from pipeline.teacher.weights import WeightsUnavailable
 
 CLASSES = {  # model_type → configuration, network
@@ -41,7 +38,6 @@ CLASSES = {  # model_type → configuration, network
     "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel"),
 }
 HEADS = ("classifier.",)  # of a fine-tuned model; the features do not pass through them
-LISTED = 3  # keys an error names
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,8 @@ def load(
         raise PipeError(
             "teacher.model_args are for timm's networks", where=where, fix="change the folder's config.json"
         )
-    folder = local_folder(name) or _download(name, with_weights=not random_weights)
+    wanted = [CONFIG, PROCESSOR, *(() if random_weights else WEIGHTS)]
+    folder = local_folder(name) or download(name, wanted, where)
     config = _config(folder)
     if random_weights:
         model = _random(config, seed, folder / CONFIG)
@@ -87,26 +84,6 @@ def load(
     is_convnext = config.model_type == "dinov3_convnext"
     backbone: Layered = HuggingFaceConvNeXt(model) if is_convnext else HuggingFaceViT(model)
     return Found(backbone, folder_normalisation(folder), folder_origin(folder, random_weights=random_weights))
-
-
-def _download(name: str, *, with_weights: bool) -> Path:
-    """The repository as a local folder, downloaded unless the hub's own cache has it."""
-    if is_path(name):
-        raise WeightsUnavailable("there is no such folder", where=f"teacher.name {name}", fix="correct the path")
-    from huggingface_hub import snapshot_download
-
-    log.info("looking for %s on the hub (downloaded on first use)", name)
-    wanted = [CONFIG, PROCESSOR, *(WEIGHTS if with_weights else ())]
-    try:
-        return Path(snapshot_download(name.removeprefix(PREFIX), allow_patterns=wanted, ignore_patterns="*/*"))
-    except Exception as error:  # of the hub's library, of its HTTP library, of the system: they share no base
-        reason = " ".join(str(error).split("\n")[0].split())[:200]
-        raise WeightsUnavailable(
-            f"cannot get this model from the hub ({reason})",
-            where=f"teacher.name {name}",
-            fix="fetch its folder where there is a network (gated models: accept their licence and log in first) and "
-            "name it hf:./FOLDER",
-        ) from error
 
 
 def _config(folder: Path) -> Any:
@@ -135,18 +112,18 @@ def _config(folder: Path) -> Any:
             raise ValueError(f"num_attention_heads is {heads} for a hidden_size of {config.hidden_size}")
         return config
     except Exception as error:  # the library checks fields by exceptions of its own
-        raise PipeError(f"cannot use this configuration ({_short(error)})", where=path, fix="correct it") from error
+        raise PipeError(f"cannot use this configuration ({short(error)})", where=path, fix="correct it") from error
 
 
 def _random(config: Any, seed: int, where: Path) -> Any:
     import transformers
 
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         try:
             return getattr(transformers, CLASSES[config.model_type][1])(config).float()
         except Exception as error:  # whatever the numbers of a configuration lead to
-            raise PipeError(f"cannot build this network ({_short(error)})", where=where, fix="correct it") from error
+            raise PipeError(f"cannot build this network ({short(error)})", where=where, fix="correct it") from error
 
 
 def _pretrained(folder: Path, config: Any) -> Any:
@@ -159,7 +136,7 @@ def _pretrained(folder: Path, config: Any) -> Any:
     network = getattr(transformers, CLASSES[config.model_type][1])
     options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
     try:
-        with _quiet():
+        with quiet():
             model, info = network.from_pretrained(
                 folder,
                 config=config,
@@ -170,53 +147,8 @@ def _pretrained(folder: Path, config: Any) -> Any:
             )
     except Exception as error:  # safetensors, the library and torch share no base either
         raise PipeError(
-            f"cannot load these weights ({_short(error)})", where=folder, fix="save or download them again"
+            f"cannot load these weights ({short(error)})", where=folder, fix="save or download them again"
         ) from error
-    _refuse_misfits(folder, network.__name__, info)
-    return model
-
-
-def _refuse_misfits(folder: Path, network: str, info: Mapping[str, Any]) -> None:
-    """`info`: what the library reports of the keys it loaded. It fills gaps with random numbers; we do not."""
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(HEADS)]
-    differences = {
-        "missing": info["missing_keys"],
-        "unexpected": unexpected,
-        "of another shape": info["mismatched_keys"],
-    }
-    if any(differences.values()):
-        listed = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
-        raise PipeError(
-            f"the weights do not fit {network} ({listed})",
-            where=folder,
-            fix="use the config.json that belongs to these weights",
-        )
-
-
-def _first(keys: Any) -> str:
-    names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
-    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' own bars and reports: what matters of them becomes an error of ours."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as reports
-
-    level, bars, hub_bars = reports.get_verbosity(), reports.is_progress_bar_enabled(), are_progress_bars_disabled()
-    reports.set_verbosity(logging.CRITICAL)
-    reports.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        reports.set_verbosity(level)
-        if bars:
-            reports.enable_progress_bar()
-        if not hub_bars:
-            enable_progress_bars()
+    refuse_misfits(folder, network.__name__, info | {"unexpected_keys": unexpected})
+    return model
