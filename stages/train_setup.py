@@ -276,7 +276,6 @@ def _loss_values(config: Config) -> dict[str, Any]:
 
 def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
     from pipeline.data.augment import SimCLRViews
-
     from pipeline.data.samples import SampleReader
     from pipeline.data.views import Preprocess, View
     from pipeline.training.data import PairDataset, permuted_rows

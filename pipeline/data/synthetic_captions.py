@@ -159,6 +159,13 @@ class SyntheticCaptions:
         inside = rows[rows < len(self)]
         return len(rows) - int(self._there[inside].sum())
 
+    def without(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Of `rows` (k,): whose turn has not come yet, and which the captioner failed at. (k,) bool each."""
+        known = rows < len(self)
+        inside = np.where(known, rows, 0)
+        absent = ~known | self._absent[inside]
+        return absent, ~absent & ~self._there[inside]
+
     def counts(self) -> dict[str, int]:
         """Status → number of rows of the file."""
         counted = self._table.column("status").value_counts()
@@ -176,6 +183,11 @@ class SyntheticCaptions:
     def _there(self) -> NDArray[np.bool_]:
         """(n,) bool: where there is a caption."""
         return np.asarray(pc.is_valid(self._captions).to_numpy(), dtype=bool)
+
+    @cached_property
+    def _absent(self) -> NDArray[np.bool_]:
+        """(n,) bool: where nobody has tried yet."""
+        return np.asarray(pc.equal(self._table.column("status"), ABSENT).to_numpy(), dtype=bool)
 
 
 def open_captions(path: Path, manifest: Manifest) -> SyntheticCaptions:

@@ -5,11 +5,14 @@ Legend: B images, P pooled width, D joint width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def pooled(visual: Any, images: Tensor) -> Tensor:
@@ -39,3 +42,19 @@ def pooled_width(visual: Any) -> int:
     if isinstance(visual, TimmModel):
         return int(visual.trunk.num_features if len(visual.head) else visual.trunk.head_hidden_size)
     return int(visual.proj.shape[0])
+
+
+@contextmanager
+def statistics_kept(tower: nn.Module) -> Iterator[None]:
+    """Batch norms inside normalise by the batch and leave their running statistics alone.
+
+    Evaluation uses those, on images that nobody augments; SLIP's own towers have no batch norm.
+    """
+    norms = {module: module.momentum for module in tower.modules() if isinstance(module, _BatchNorm)}
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in norms.items():
+            norm.momentum = momentum

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipeError
 from pipeline.models.geometry import normalise
-from pipeline.models.pooled import pooled, pooled_width
+from pipeline.models.pooled import pooled, pooled_width, statistics_kept
 
 MAX_SCALE = 100.0
 CONFIG_KEYS = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
@@ -74,8 +74,12 @@ class Trunk(nn.Module):
         return pooled_width(self.clip.visual)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Image features before the joint projection: images (B, 3, H, W) normalised → (B, P); see models.pooled."""
-        return pooled(self.clip.visual, images)
+        """Image features before the joint projection: images (B, 3, H, W) normalised → (B, P); see models.pooled.
+
+        In training too, batch norms keep the running statistics of `encode_image`'s inputs.
+        """
+        with statistics_kept(self.clip.visual):  # type: ignore[arg-type]
+            return pooled(self.clip.visual, images)
 
     def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         """t: tokens (B, L) → (B, D)."""

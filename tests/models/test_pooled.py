@@ -101,3 +101,19 @@ def test_gradients_reach_the_tower_but_not_its_projection(kind: str) -> None:
     assert projection
     assert {name for name, p in parameters.items() if p.grad is None} == projection
     assert trunk.clip.visual.conv1.weight.grad.abs().max() > 0
+
+
+def test_training_on_augmented_views_leaves_the_running_statistics_to_the_view_that_everyone_sees() -> None:
+    trunk, images = made(TRUNKS["resnet"])
+    trunk.train()
+    norms = [m for m in trunk.clip.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    before = [(m.running_mean.clone(), m.running_var.clone(), m.momentum) for m in norms]
+    batch_statistics = trunk.pooled(images)
+    assert not torch.allclose(batch_statistics, copy.deepcopy(trunk).eval().pooled(images))
+    for norm, (mean, variance, momentum) in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean)
+        assert torch.equal(norm.running_var, variance)
+        assert norm.momentum == momentum
+    trunk.encode_image(images)
+    assert not any(torch.equal(norm.running_mean, mean) for norm, (mean, _, _) in zip(norms, before, strict=True))

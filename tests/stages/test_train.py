@@ -162,7 +162,8 @@ def test_two_processes_train_like_one(folder):
     from pipeline.data.manifest import read_manifest
     from stages import index
 
-    sets = ["data.val_fraction=0.4", "train.max_steps=4", "train.validate_every=4"]
+    sets = ["data.val_fraction=0.4", "train.max_steps=4", "train.validate_every=4", "train.term_gradients_every=2"]
+    sets += ["loss.contrastive=alip", "data.second_caption=another", "loss.simclr=0.5", "loss.simclr_hidden=8"]
     (folder / "workspace" / "manifest.parquet").unlink()
     index.run(load_config(folder / "pipe.yaml", sets=sets))
     manifest = read_manifest(folder / "workspace" / "manifest.parquet")
@@ -179,6 +180,11 @@ def test_two_processes_train_like_one(folder):
     val = [[line for line in read_metrics(of.metrics) if "val/loss" in line][-1] for of in (one, two)]
     for key in ("val/loss", "val/i2t_r1", "val/t2i_r1", "val/gram/fine", "val/rkd/global"):
         assert val[1][key] == pytest.approx(val[0][key], rel=1e-3), key
+    first = [next(line for line in read_metrics(of.metrics) if "train/loss" in line) for of in (one, two)]
+    measured = [key for key in first[0] if "grad_norm" in key]
+    assert {"train/term_grad_norm/simclr", "train/term_grad_norm/cross", "train/grad_norm/transitions"} <= {*measured}
+    for key in measured:
+        assert first[1][key] == pytest.approx(first[0][key], rel=2e-2, abs=1e-5), key
     assert val[1]["samples"] == val[0]["samples"] < 32
     assert read_json(two.record)["samples_seen"] == read_json(one.record)["samples_seen"]
 
