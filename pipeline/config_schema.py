@@ -227,6 +227,7 @@ class LossConfig(Section):
     head_share: Share = 0.5
     list_depth: Positive | None = None
     transition_dim: Positive = 64
+    head: Literal["auto", "chunked", "triton"] = "auto"  # which code scores positions with transitions
     include_self: bool = False
     gram: Weight = 1.0
     rkd: Weight = 1.0

@@ -13,8 +13,8 @@ always be first and teach nothing) unless `include_self`. Transitions (order ≥
 candidate modality has tables of its own; they act on the head, the first T positions.
 
 The loss is one scalar, so its gradients are computed in the forward pass, chunk by chunk, and the backward only scales
-them: memory is set by the chunk, never by B × T × N. Four B × N similarity matrices serve all four families, each being
-the utilities of one and the reference of its partner.
+them: memory is set by the chunk, never by B × T × N. A group's cosines serve both its families, being the utilities of
+one and the reference of the other (pipeline/losses/products.py).
 
 Legend: B own rows, N candidates, b rows of a chunk, D width, T head positions, P listed positions.
 """
@@ -30,19 +30,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pipeline.losses.head_kernel import Head, head_kernel
 from pipeline.losses.pairs import Pairs
 from pipeline.losses.plackett_luce import Positions, position_weights, worst_first
-from pipeline.losses.ranking import Ranked, first_order, with_transitions
+from pipeline.losses.products import GROUPS, OTHER, Chunked, Family, Products, WholeCross, WholeInModal, fits_whole
+from pipeline.losses.ranking import Ranked, first_order
 from pipeline.losses.transitions import Tables, position_queries
 
-Family = tuple[str, str]  # (modality of the rows, modality of the candidates)
-GROUPS: dict[str, tuple[Family, Family]] = {
-    "cross": (("image", "text"), ("text", "image")),
-    "in_modal": (("image", "image"), ("text", "text")),
-}
-OTHER = {"image": "text", "text": "image"}
 ROW_SLOT, ALL_SLOT, SCALE_SLOT = {"image": 0, "text": 1}, {"image": 2, "text": 3}, 4  # places among the inputs
 CELLS = {"cpu": 1 << 18, "cuda": 1 << 23}  # scores held at once, in each of a handful of buffers
+HEAD_CELLS = 4  # times as many of the head, whose products are slow when they are small
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,7 @@ class ListSettings:
         transition_depth: T, the head; the same for every order.
         list_depth: lists are cut to their first K positions (None: whole); denominators stay over all candidates.
         include_self: whether in-modal lists keep the row's own item.
+        head: which code scores positions with transitions; see head_kernel.
     """
 
     transition_depth: int = 32
@@ -60,6 +58,7 @@ class ListSettings:
     head_share: float = 0.5
     list_depth: int | None = None
     include_self: bool = False
+    head: Head = "auto"
 
 
 @dataclass
@@ -118,31 +117,63 @@ class _State:
             self.inputs += of_modality.tensors()
             self.tables[name] = of_modality
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in self.inputs)
-        self.gradients = [torch.zeros_like(x) for x in self.inputs] if wanted else None
+        self.whole = fits_whole(pairs.image_rows, len(pairs.sizes))
+        self.gradients = self._zeros() if wanted else None
         # One Python object may stand for rows and candidates both; each has its own slot all the same.
         detached = [x.detach() for x in self.inputs]
         self.rows = {name: detached[slot] for name, slot in ROW_SLOT.items()}
         self.all = {name: detached[slot] for name, slot in ALL_SLOT.items()}
         self.scale = detached[SCALE_SLOT]
 
+    def _zeros(self) -> list[Tensor | None]:
+        """One for each input; none for the candidates where they are the rows and gradients go there."""
+        unused = set(ALL_SLOT.values()) if self.whole else set()
+        return [None if slot in unused else torch.zeros_like(x) for slot, x in enumerate(self.inputs)]
+
+    def products(self, group: str) -> Products:
+        """The group's cosines and the way of their gradients."""
+        gradients = self.gradients
+        of_rows = None if gradients is None else {name: _there(gradients[slot]) for name, slot in ROW_SLOT.items()}
+        if self.whole:
+            return (WholeCross if group == "cross" else WholeInModal)(self.rows, of_rows)
+        of_all = None if gradients is None else {name: _there(gradients[slot]) for name, slot in ALL_SLOT.items()}
+        return Chunked(group, self.rows, self.all, of_rows, of_all)
+
+    def add(self, slot: int, gradient: Tensor) -> None:
+        assert self.gradients is not None
+        _there(self.gradients[slot]).add_(gradient)
+
+
+def _there(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient
+
 
 def _sum_chunks(state: _State, weights: dict[str, float]) -> tuple[dict[str, Tensor], Tensor]:
     """Values (terms, weighted loss); gradients go to `state`."""
     pairs, candidates = state.pairs, len(state.pairs.image_all)
-    plans = {family: _plan(state, group, weights[group]) for group in weights for family in GROUPS[group]}
+    plans = {group: _plan(state, group, weight) for group, weight in weights.items()}
     sums: dict[Family, Tensor] = {}
     rows = max(1, state.cells // candidates)
-    for start in range(0, len(pairs.image_rows), rows):
-        chunk = slice(start, min(start + rows, len(pairs.image_rows)))
-        x = {(a, b): state.rows[a][chunk] @ state.all[b].T for a, b in plans}  # (b, N) each
-        for family, plan in plans.items():
-            nll = _family_chunk(state, plan, family, x[family], x[OTHER[family[0]], OTHER[family[1]]], chunk)
-            sums[family] = nll if family not in sums else sums[family] + nll
+    for group, plan in plans.items():
+        products = state.products(group)
+        for start in range(0, len(pairs.image_rows), rows):
+            chunk = slice(start, min(start + rows, len(pairs.image_rows)))
+            x, gradients = products.cosines(chunk), {}
+            for family in GROUPS[group]:
+                reference = x[OTHER[family[0]], OTHER[family[1]]]
+                nll, gradient = _family_chunk(state, plan, family, x[family], reference, chunk)
+                sums[family] = nll if family not in sums else sums[family] + nll
+                if gradient is not None:
+                    gradients[family] = gradient
+            if gradients:
+                products.add(chunk, gradients)
+        products.finish()
     terms: dict[str, Tensor] = {}
     value = state.scale.new_zeros(())
     for group, weight in weights.items():
         nll = torch.stack([sums[family] for family in GROUPS[group]]) * pairs.share  # (2, P)
-        plan = plans[GROUPS[group][0]]
+        plan = plans[group]
         terms[group] = (nll @ plan.share_of_position).sum().to(value.dtype)
         terms[f"{group}/head_nll"] = nll[:, : plan.head].mean().to(value.dtype)
         if plan.head < nll.shape[1]:
@@ -193,9 +224,10 @@ def _candidates(pairs: Pairs, settings: ListSettings, group: str) -> int:
     return len(pairs.image_all) - (group == "in_modal" and not settings.include_self)
 
 
-def _family_chunk(state: _State, plan: _Plan, family: Family, x: Tensor, reference: Tensor, chunk: slice) -> Tensor:
-    """nll (P,) summed over the chunk's lists. x, reference: (b, N)."""
-    modality, of_candidates = family
+def _family_chunk(
+    state: _State, plan: _Plan, family: Family, x: Tensor, reference: Tensor, chunk: slice
+) -> tuple[Tensor, Tensor | None]:
+    """nll (P,) summed over the chunk's lists, and the gradient for x. x, reference: (b, N)."""
     u = state.scale * x
     if plan.leaves_self_out:
         own = torch.arange(len(x), device=x.device)
@@ -209,20 +241,18 @@ def _family_chunk(state: _State, plan: _Plan, family: Family, x: Tensor, referen
         ranked = first_order(u, order, plan.weights, gradient=wanted)
         nll = ranked.nll
     else:
-        ranked = _head(state, plan, of_candidates, u, order)
+        ranked = _head(state, plan, family[1], u, order)
         nll = ranked.nll
         if plan.head < plan.depth:
             tail = first_order(u, order, plan.weights, skip=plan.head, gradient=wanted)
             nll = torch.cat([nll, tail.nll])
             if ranked.utilities is not None and tail.utilities is not None:
                 ranked.utilities += tail.utilities
-    if state.gradients is not None and ranked.utilities is not None:
-        g = ranked.utilities
-        state.gradients[SCALE_SLOT] += (g * x).sum(dtype=torch.float64).to(g.dtype)
-        g *= state.scale
-        state.gradients[ROW_SLOT[modality]][chunk].addmm_(g, state.all[of_candidates])
-        state.gradients[ALL_SLOT[of_candidates]].addmm_(g.T, state.rows[modality][chunk])
-    return nll
+    g = ranked.utilities
+    if g is None:
+        return nll, None
+    state.add(SCALE_SLOT, (g * x).sum(dtype=torch.float64).to(g.dtype))
+    return nll, g.mul_(state.scale)
 
 
 def _head(state: _State, plan: _Plan, of_candidates: str, u: Tensor, order: Tensor) -> Ranked:
@@ -232,7 +262,7 @@ def _head(state: _State, plan: _Plan, of_candidates: str, u: Tensor, order: Tens
     leaves = [x.detach().requires_grad_(state.gradients is not None) for x in tables.tensors()]
     with torch.set_grad_enabled(state.gradients is not None):
         queries = position_queries(tables.replaced(leaves), ranking)
-    ranked = with_transitions(
+    ranked = head_kernel(state.settings.head, u.device, u.dtype)(
         u,
         queries.detach(),
         leaves[0].detach(),
@@ -240,7 +270,7 @@ def _head(state: _State, plan: _Plan, of_candidates: str, u: Tensor, order: Tens
         state.scale,
         plan.weights[: plan.head],
         gradient=state.gradients is not None,
-        cells=state.cells,
+        cells=HEAD_CELLS * state.cells,
     )
     if state.gradients is not None and ranked.scale is not None and ranked.keys is not None:
         first = state.first_table[of_candidates]
@@ -248,9 +278,9 @@ def _head(state: _State, plan: _Plan, of_candidates: str, u: Tensor, order: Tens
             found = torch.autograd.grad(queries, leaves, ranked.queries, allow_unused=True)
             for slot, gradient in enumerate(found, start=first):
                 if gradient is not None:
-                    state.gradients[slot] += gradient
-        state.gradients[first] += ranked.keys
-        state.gradients[SCALE_SLOT] += ranked.scale.to(state.scale.dtype)
+                    state.add(slot, gradient)
+        state.add(first, ranked.keys)
+        state.add(SCALE_SLOT, ranked.scale.to(state.scale.dtype))
     return ranked
 
 
@@ -258,7 +288,7 @@ class _Attach(torch.autograd.Function):
     """Gives a value that is already known the gradients that are already known."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 
@@ -266,7 +296,8 @@ class _Attach(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
-        scaled = (scale * g if needed else None for g, needed in zip(ctx.gradients, wanted, strict=True))
+        pairs = zip(ctx.gradients, wanted, strict=True)
+        scaled = (scale * g if needed and g is not None else None for g, needed in pairs)
         return (None, None, *scaled)
 
 

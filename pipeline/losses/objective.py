@@ -73,7 +73,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.order, self.loss_weights = model, order, weights
         self.list_settings = ListSettings(
-            transition_depth, weights.positions, weights.head_share, weights.list_depth, weights.include_self
+            transition_depth,
+            weights.positions,
+            weights.head_share,
+            weights.list_depth,
+            weights.include_self,
+            weights.head,
         )
         # One head and one set of β for each modality that can be a candidate.
         self.transitions = nn.ModuleDict(

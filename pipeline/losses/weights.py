@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.losses.head_kernel import Head
 from pipeline.losses.plackett_luce import Positions
 
 
@@ -37,6 +38,7 @@ class LossWeights:
     head_share: float = 0.5
     list_depth: int | None = None
     include_self: bool = False
+    head: Head = "auto"
     gram: float = 1.0
     rkd: float = 1.0
     global_: float = 1.0
