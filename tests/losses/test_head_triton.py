@@ -1,4 +1,4 @@
-"""The Triton kernels: their numbers under Triton's interpreter on a CPU, that they compile for GPUs, and who chooses them.
+"""The Triton kernels: their numbers under the interpreter on a CPU, that they compile for GPUs, and who chooses them.
 
 What no test here sees is a GPU running them: `head_kernel` compares them there, before it trusts them.
 """

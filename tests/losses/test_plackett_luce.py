@@ -109,6 +109,34 @@ def test_half_precision_is_computed_in_float32() -> None:
     assert found.isfinite().all()
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 7),
+    depth=st.integers(1, 7),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 100.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_inputs_of_low_precision_lose_only_their_own_rounding(
+    n: int, depth: int, seed: int, scale: float, dtype: torch.dtype
+) -> None:
+    """Against the definition in float64 on the very numbers that came in."""
+    depth = min(depth, n)
+    utilities, ranking = random_lists(3, n, depth, seed, scale)
+    low = utilities.to(dtype).requires_grad_()
+    exact = low.detach().double().requires_grad_()
+    one = torch.ones((), dtype=torch.float64)
+    expected = torch.stack(
+        [sum(list_nll(u, order.tolist(), range(n), one, None, 0)) for u, order in zip(exact, ranking, strict=True)]
+    )
+    found = plackett_luce_nll(low, ranking)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4 if scale == 100 else 2e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), low)
+    (of_exact,) = torch.autograd.grad(expected.sum(), exact)
+    step = torch.finfo(dtype).eps * 4 if dtype != torch.float32 else 2e-5
+    torch.testing.assert_close(gradient.double(), of_exact, rtol=step, atol=max(step, 2e-5))
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="ranking"):
         plackett_luce_nll(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.int64))

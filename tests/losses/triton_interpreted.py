@@ -1,6 +1,6 @@
 """Run with TRITON_INTERPRET=1, which must be set before Triton is imported: prints how far the kernels are from others.
 
-    python triton_interpreted.py → {"kernel ...": {...}, "loss ...": {...}} as JSON, relative to the largest value
+python triton_interpreted.py → {"kernel ...": {...}, "loss ...": {...}} as JSON, relative to the largest value
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def inputs(lists: int, candidates: int, positions: int, width: int) -> tuple[Ten
     orders = [torch.randperm(candidates, generator=generator) for _ in range(lists)]
     listed = torch.stack([order[order != 7][:positions] for order in orders])
     q = torch.randn(lists, listed.shape[1], width, generator=generator, dtype=torch.float64)
-    keys = torch.nn.functional.normalize(torch.randn(candidates, width, generator=generator, dtype=torch.float64), dim=1)
+    keys = torch.nn.functional.normalize(
+        torch.randn(candidates, width, generator=generator, dtype=torch.float64), dim=1
+    )
     weights = torch.rand(listed.shape[1], generator=generator, dtype=torch.float64)
     return u, q, keys, listed, torch.tensor(14.0, dtype=torch.float64), weights
 
@@ -52,7 +54,13 @@ def by_autograd(u: Tensor, q: Tensor, keys: Tensor, listed: Tensor, s: Tensor, w
         nll.append((upto[1] - upto[0]).sum())
         total = total + weights[k] * nll[-1]
     total.backward()
-    return {"nll": torch.stack(nll).detach(), "utilities": u.grad, "queries": q.grad, "keys": keys.grad, "scale": s.grad}  # type: ignore[dict-item]
+    return {
+        "nll": torch.stack(nll).detach(),
+        "utilities": u.grad,
+        "queries": q.grad,
+        "keys": keys.grad,
+        "scale": s.grad,
+    }  # type: ignore[dict-item]
 
 
 def kernels() -> dict[str, dict[str, float]]:
