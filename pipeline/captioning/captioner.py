@@ -19,7 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.captioning.folder import FILES, config_of, files_sha256, network_of, processors_of
+from pipeline.captioning.folder import (
+    FILES,
+    config_of,
+    files_sha256,
+    network_of,
+    processors_of,
+    refuse_no_weights,
+)
 from pipeline.data.synthetic_captions import CaptionerIdentity
 from pipeline.errors import PipeError
 from pipeline.teacher.huggingface_folder import PREFIX, label, local_folder
@@ -74,7 +81,7 @@ class Captioner:
             self.precision = settings.precision
         self.folder = local_folder(name) or download(name, FILES, where)
         self.config, self.architecture = config_of(self.folder)
-        refuse_nonetwork_of(self.folder)
+        refuse_no_weights(self.folder)
         self._processor, self._images, self._tokenizer = processors_of(self.folder, self.config)
         self._is_asked = bool(getattr(self._processor, "chat_template", None))
         prompt = settings.prompt if settings.prompt is not None or not self._is_asked else DEFAULT_PROMPT
