@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_captioners import blip
 
+from pipeline.cache.locks import StoreLock
 from pipeline.captioning import caption as loop
 from pipeline.captioning.caption import caption
 from pipeline.captioning.captioner import Captioner, CaptionSettings
@@ -117,7 +118,8 @@ def test_killed_at_any_moment_it_goes_on_and_ends_in_the_same_file(run, make, ma
     program = """
         import sys, time
         from pathlib import Path
-        from pipeline.captioning import caption as loop
+        from pipeline.cache.locks import StoreLock
+from pipeline.captioning import caption as loop
         from pipeline.captioning.captioner import Captioner, CaptionSettings
         from pipeline.data.manifest import read_manifest
 
@@ -191,6 +193,23 @@ def test_broken_images_are_recorded_and_passed_over(run, make, manifest, caplog)
     again = make()
     run(again)
     assert again.seen == 0  # a broken image is not looked at again
+
+
+def test_an_image_that_is_another_than_was_indexed_gets_no_caption(run, make, manifest):
+    """Even where nothing but its bytes tells."""
+    size = manifest.column("image_bytes")
+    small, large = int(size[:24].argmin()), int(size[:24].argmax())
+    record, reader = manifest.record(large), SampleReader(manifest)
+    data, tar = reader.image_bytes(small), manifest.source_path(record.source)
+    time_of_change = os.stat(tar).st_mtime_ns
+    with open(tar, "r+b") as file:
+        file.seek(record.image_offset)
+        file.write(data + bytes(record.image_bytes - len(data)))
+    os.utime(tar, ns=(time_of_change, time_of_change))
+    assert SampleReader(manifest).image(large) == reader.image(small)  # it decodes, and looks well
+    found = table(run(make())).to_pylist()[large]
+    assert (found["status"], found["caption"]) == ("undecodable", None)
+    assert "changed since it was indexed" in found["reason"]
 
 
 def test_a_batch_without_any_image_is_no_problem(run, make, manifest, tmp_path):
@@ -295,17 +314,22 @@ def test_two_at_once_are_refused(run, make, tmp_path):
     assert run(make()).counts() == {"ok": 48}
 
 
-def test_a_lock_on_a_folder_that_was_removed_is_not_taken_for_one(tmp_path):
+def test_a_lock_on_a_folder_that_was_removed_is_not_taken_for_one(tmp_path, monkeypatch):
     """Between opening the lock's file and locking it, the one before finishes and removes both."""
-    from pipeline.cache.locks import StoreLock
+    exclusive, removed = StoreLock.exclusive, []
 
-    late = StoreLock(tmp_path)
-    assert late.in_place()
-    (tmp_path / ".lock").unlink()
-    assert late.exclusive()
-    assert not late.in_place()
-    with CaptionParts(tmp_path):
-        assert not late.in_place()
+    def late(lock: StoreLock) -> bool:
+        if not removed:
+            removed.append((tmp_path / "parts" / ".lock").unlink())
+            (tmp_path / "parts").rmdir()
+        return exclusive(lock)
+
+    monkeypatch.setattr(StoreLock, "exclusive", late)
+    with CaptionParts(tmp_path / "parts"):
+        assert removed
+        with pytest.raises(PipeError, match="another pipe caption is at work"):
+            CaptionParts(tmp_path / "parts").__enter__()
+    assert not (tmp_path / "parts").exists()
 
 
 def test_a_damaged_part_is_one_line_and_its_rows_are_captioned_again(run, make, tmp_path, monkeypatch):

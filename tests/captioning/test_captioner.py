@@ -62,11 +62,12 @@ def test_models_with_a_chat_template_are_asked_something(folders):
     assert captioner(folders["blip"], "").prompt is None
 
 
-def test_nothing_is_sampled_whatever_the_folder_says(copied):
-    greedy = captioner(copied)(pictures(4))
-    generation = json.loads((copied / "generation_config.json").read_text())
-    (copied / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True, "temperature": 9.0}))
-    assert [captioner(copied)(pictures(4)) for _ in range(2)] == [greedy, greedy]
+def test_nothing_is_sampled_whatever_the_folder_says(folders, tmp_path):
+    folder = Path(shutil.copytree(folders["encoder_decoder"], tmp_path / "captioner"))
+    greedy = captioner(folder)(pictures(4))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True, "temperature": 9.0}))
+    assert [captioner(folder)(pictures(4)) for _ in range(2)] == [greedy, greedy]
 
 
 def test_white_space_is_one_blank_and_ends_are_stripped(folders, monkeypatch):
