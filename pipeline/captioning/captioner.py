@@ -19,7 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.captioning.folder import FILES, config_of, files_sha256, network_of, processors_of
+from pipeline.captioning.folder import (
+    FILES,
+    config_of,
+    files_sha256,
+    network_of,
+    processors_of,
+    refuse_no_weights,
+)
 from pipeline.data.synthetic_captions import CaptionerIdentity
 from pipeline.errors import PipeError
 from pipeline.teacher.huggingface_folder import PREFIX, label, local_folder
@@ -74,7 +81,7 @@ class Captioner:
             self.precision = settings.precision
         self.folder = local_folder(name) or download(name, FILES, where)
         self.config, self.architecture = config_of(self.folder)
-        refuse_nonetwork_of(self.folder)
+        refuse_no_weights(self.folder)
         self._processor, self._images, self._tokenizer = processors_of(self.folder, self.config)
         self._is_asked = bool(getattr(self._processor, "chat_template", None))
         prompt = settings.prompt if settings.prompt is not None or not self._is_asked else DEFAULT_PROMPT
@@ -140,9 +147,9 @@ class Captioner:
                 except Exception as alone:
                     refused[index] = Refused(short(alone))
             if not refused:
-                raise self._unusable("its processor does not take a batch", error) from error
+                raise self._unusable("its processor does not take a batch", short(error)) from error
         if len(refused) == len(images) and not self._takes_anything():
-            raise self._unusable("its processor takes no image", Exception(refused[0].reason))
+            raise self._unusable("its processor takes no image", refused[0].reason)
         usable = [image for index, image in enumerate(images) if index not in refused]
         return (self._inputs(usable) if usable else None), refused
 
@@ -154,9 +161,9 @@ class Captioner:
             return False
         return True
 
-    def _unusable(self, what: str, error: Exception) -> PipeError:
+    def _unusable(self, what: str, reason: str) -> PipeError:
         fix = "set caption.prompt (some models need one), or use another model"
-        return PipeError(f"{what} ({short(error)})", where=f"caption.model {self.name}", fix=fix)
+        return PipeError(f"{what} ({reason})", where=f"caption.model {self.name}", fix=fix)
 
     def _inputs(self, images: Sequence[Image.Image]) -> Mapping[str, Tensor]:
         """What the processor makes of B images and the prompt: pixel_values and more; on the CPU."""
@@ -184,7 +191,7 @@ class Captioner:
                 fix="make it smaller",
             ) from error
         except Exception as error:  # whatever a model does not like
-            raise self._unusable("it cannot caption", error) from error
+            raise self._unusable("it cannot caption", short(error)) from error
         if prompt is not None and not self._model.config.is_encoder_decoder:
             tokens = tokens[:, _repeated(prompt, tokens) :]
         texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)

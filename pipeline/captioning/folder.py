@@ -16,11 +16,11 @@ import torch
 from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.run_folder import sha256_file
-from pipeline.teacher.huggingface_folder import CONFIG, PROCESSOR, WEIGHTS
+from pipeline.teacher.huggingface_folder import CONFIG, WEIGHTS
 from pipeline.teacher.huggingface_load import first_keys, quiet, refuse_misfits, short
 
 TEXT_FILES = (  # of tokenizer and processor
-    PROCESSOR,
+    "*preprocessor_config.json",  # of images, of videos
     "processor_config.json",
     "generation_config.json",
     "tokenizer*.json",

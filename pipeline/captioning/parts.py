@@ -10,9 +10,11 @@ rows then say the same.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +26,8 @@ from pipeline.data.mapped import GROUP_ROWS
 from pipeline.data.synthetic_captions import ABSENT, METADATA_KEY, SCHEMA, CaptionsMetadata
 from pipeline.errors import PipeError
 from pipeline.run_folder import replacing, sync_folder
+
+CHECKSUM_KEY = b"dinorankclip.crc32c"  # of the rows: Parquet has none that covers them all
 
 
 class CaptionParts:
@@ -82,8 +86,10 @@ class CaptionParts:
             PipeError: it is damaged.
         """
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
+            table = pq.read_table(path, partitioning=None)
             metadata = CaptionsMetadata.from_json(table.schema.metadata[METADATA_KEY].decode("utf-8"))
+            if table.schema.metadata[CHECKSUM_KEY] != _checksum(table):
+                raise ValueError("its checksum does not fit")
             return table.cast(SCHEMA), metadata
         except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise PipeError(
@@ -95,15 +101,21 @@ class CaptionParts:
     def write(self, table: pa.Table, metadata: CaptionsMetadata) -> None:
         """Publish a part: a table of `SCHEMA` with any rows. Raises PipeError where the disk refuses."""
         numbers = [int(path.stem.removeprefix("part-")) for path in self.files()]
-        labelled = table.cast(SCHEMA).replace_schema_metadata({METADATA_KEY: metadata.to_json().encode()})
+        said = {METADATA_KEY: metadata.to_json().encode(), CHECKSUM_KEY: _checksum(table)}
+        labelled = table.cast(SCHEMA).replace_schema_metadata(said)
         with replacing(self.folder / f"part-{max(numbers, default=-1) + 1:06d}.parquet") as temporary:
-            pq.write_table(labelled, temporary, compression="zstd", write_page_checksum=True)
+            pq.write_table(labelled, temporary, compression="zstd")
 
     def clear(self) -> None:
         """Remove all parts, and what writers that were killed left."""
         for path in [*self.files(), *self.folder.glob(".part-*.tmp")]:
             path.unlink()
         sync_folder(self.folder)
+
+
+def _checksum(table: pa.Table) -> bytes:
+    """CRC-32C of the rows as JSON, in digits."""
+    return str(google_crc32c.value(json.dumps(table.to_pylist()).encode())).encode()
 
 
 def join(tables: list[pa.Table], rows: int) -> pa.Table:

@@ -1,0 +1,34 @@
+"""Fixtures of the captioning tests: folders of tiny captioners, and a manifest of 48 pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_captioners import MAKERS
+
+from pipeline.data.index import build_manifest
+from pipeline.data.manifest import Manifest, read_manifest
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kind → a captioner's folder. Read only: copy it."""
+    place = tmp_path_factory.mktemp("captioners")
+    return {kind: make(place / kind) for kind, make in MAKERS.items()}
+
+
+@pytest.fixture
+def manifest(tiny_tars: Path, tmp_path: Path) -> Manifest:
+    build_manifest(str(tiny_tars), tmp_path / "manifest.parquet", workers=0)
+    return read_manifest(tmp_path / "manifest.parquet")
