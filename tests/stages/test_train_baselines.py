@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 import tarfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_runs import losses, run
+from train_runs import losses, run, spoil
 
 from pipeline.config import load_config
 from pipeline.errors import PipeError, Stopped
-from pipeline.run_folder import Workspace, read_json
+from pipeline.run_folder import Workspace, read_json, sha256_file
 from pipeline.training.checkpoint import checkpoints
 from pipeline.training.tracking import read_metrics
-from stages import index
+from stages import caption, index
 
 SETTINGS = {
     "cyclip": [],
@@ -82,13 +86,86 @@ def test_another_caption_needs_rows_that_have_one(folder):
         members = [(m, tar.extractfile(m).read()) for m in tar.getmembers() if not m.name.endswith("5.json")]
     with tarfile.open(folder / "tars" / "00000.tar", "w") as tar:
         for member, data in members:
-            import io
-
             tar.addfile(member, io.BytesIO(data))
     (folder / "workspace" / "manifest.parquet").unlink()
     index.run(load_config(folder / "pipe.yaml"))
     with pytest.raises(PipeError, match=r"of \d+ train rows have one caption only.*pipe caption"):
         run(folder, sets=SETTINGS["alip"], **{"train.method": "alip"})
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory):
+    sys.path.insert(0, str(Path(__file__).parent.parent / "captioning"))
+    import tiny_captioners
+
+    return tiny_captioners.MAKERS["blip"](tmp_path_factory.mktemp("captioner") / "blip")
+
+
+def test_alip_on_the_captions_that_pipe_caption_wrote(folder, captioner, caplog):
+    """Rows that the captioner failed at are left out; those that it has not reached are asked for."""
+    from pipeline.data.manifest import read_manifest
+
+    (folder / "workspace" / "manifest.parquet").unlink()
+    index.run(load_config(folder / "pipe.yaml"))  # of this copy's tars
+    manifest = read_manifest(folder / "workspace" / "manifest.parquet")
+    spoil(folder, manifest, manifest.rows("train")[:2])
+    sets = [f"caption.model={captioner}", "caption.max_new_tokens=6"]
+    caption.run(load_config(folder / "pipe.yaml", sets=sets), limit=30)
+    with pytest.raises(PipeError, match=r"rows have not been captioned.*pipe caption"):
+        run(folder, **{"train.method": "alip"})
+    caption.run(load_config(folder / "pipe.yaml", sets=sets))
+    done = run(folder, **{"train.method": "alip"})
+    record = read_json(done.record)
+    assert record["data"]["train_rows"] == len(manifest.rows("train")) - 2
+    assert record["data"]["captions"] == sha256_file(folder / "workspace" / "captions.parquet")
+    assert (
+        record["flops_per_sample"]
+        > read_json(run(folder, name="clip", **{"train.method": "clip"}).record)["flops_per_sample"]
+    )
+    assert "captions" not in read_json(Workspace(folder / "workspace").run("clip").record)["data"]
+
+
+def test_other_captions_end_a_resume(folder, captioner, monkeypatch):
+    from pipeline.training.loop import Training
+
+    sets = [f"caption.model={captioner}", "caption.max_new_tokens=6"]
+    caption.run(load_config(folder / "pipe.yaml", sets=sets))
+    original = Training._any_process
+    monkeypatch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 4))
+    with pytest.raises(Stopped):
+        run(folder, **{"train.method": "alip"})
+    monkeypatch.undo()
+    caption.run(load_config(folder / "pipe.yaml", sets=[*sets, "caption.num_beams=2"]), overwrite=True)
+    with pytest.raises(PipeError, match=r"the data is not what the run began with: captions is"):
+        run(folder, resume=True, **{"train.method": "alip"})
+
+
+def test_a_second_caption_is_the_rows_own_and_goes_with_its_image(folder, captioner):
+    from pipeline.data.manifest import read_manifest
+    from pipeline.data.samples import SampleReader
+    from pipeline.data.synthetic_captions import open_captions
+    from pipeline.data.views import Preprocess, View
+    from pipeline.training.data import PairDataset
+    from pipeline.training.sampler import Step
+    from pipeline.training.second_captions import AnotherOfItsOwn, Synthetic
+
+    caption.run(load_config(folder / "pipe.yaml", sets=[f"caption.model={captioner}", "caption.max_new_tokens=6"]))
+    manifest = read_manifest(folder / "workspace" / "manifest.parquet")
+    written = open_captions(folder / "workspace" / "captions.parquet", manifest)
+    preprocess = Preprocess(View(kind="crop", size=32), (0.5,) * 3, (0.5,) * 3)
+    spell = lambda texts: torch.tensor([[*text.encode()[:99].ljust(99)] for text in texts])  # noqa: E731
+    rows = np.array([7, 3, 11])
+    for second in (AnotherOfItsOwn(0), Synthetic(written)):
+        data = PairDataset(SampleReader(manifest), preprocess, spell, second=second)
+        for epoch in range(3):
+            batch = data[Step(0, epoch, rows)]
+            texts = [[bytes(row).decode().rstrip() for row in x.tolist()] for x in (batch.tokens, batch.second_tokens)]
+            for row, first, other in zip(rows.tolist(), *texts, strict=True):
+                if isinstance(second, Synthetic):
+                    assert other == written.caption(row)
+                else:
+                    assert {first, other} == set(manifest.captions(row))
+    assert PairDataset(SampleReader(manifest), preprocess, spell)[Step(0, 0, rows)].second_tokens is None
 
 
 def test_alip_can_be_had_beside_everything_else(folder):
