@@ -13,7 +13,7 @@ from pipeline.training.checkpoint import checkpoints, load_checkpoint, read_stat
 from pipeline.training.loop import Training
 from pipeline.training.tracking import cut_back
 
-MAY_CHANGE = {"workspace", "evaluate", "data.workers", "loss.head"} | {
+MAY_CHANGE = {"workspace", "evaluate", "caption", "data.workers", "loss.head"} | {
     f"train.{key}"
     for key in (
         "checkpoint_every",
