@@ -1,7 +1,8 @@
 """Which code scores the head's positions: the chunked one of `ranking`, or on a GPU the Triton kernels.
 
-Compiled kernels are trusted after they have given, once in a process and on its own device, what the chunked code gives
-on a small problem; where Triton is missing or they do not, the chunked code stays, and the log says so.
+Compiled kernels are trusted after they have given, once in a process for each width d and on its own device, what the
+chunked code gives on a small problem; where Triton is missing or they do not, the chunked code stays, and the log says
+so.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ Head = Literal["auto", "chunked", "triton"]
 CLOSE = 1e-4  # of a gradient's largest value
 
 
-def head_kernel(asked: Head, device: torch.device, dtype: torch.dtype) -> Callable[..., Ranked]:
+def head_kernel(asked: Head, device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Ranked]:
     """The function to call as `ranking.with_transitions`.
 
     Args:
+        width: d, the transition width.
         asked: "auto" takes Triton for float32 on a GPU where it can be trusted.
 
     Raises:
@@ -33,7 +35,7 @@ def head_kernel(asked: Head, device: torch.device, dtype: torch.dtype) -> Callab
     possible = dtype == torch.float32
     if asked == "chunked" or (asked == "auto" and not (possible and device.type == "cuda")):
         return ranking.with_transitions
-    reason = _reason_against(device) if possible else f"it takes float32, not {dtype}"
+    reason = _reason_against(device, width) if possible else f"it takes float32, not {dtype}"
     if reason is None:
         from pipeline.losses import ranking_triton
 
@@ -44,10 +46,10 @@ def head_kernel(asked: Head, device: torch.device, dtype: torch.dtype) -> Callab
 
 
 @cache
-def _reason_against(device: torch.device) -> str | None:
-    """Why the kernels cannot be used on a device, None where they can; found out, and logged, once."""
+def _reason_against(device: torch.device, width: int) -> str | None:
+    """Why the kernels cannot be used on a device at a width, None where they can; found out, and logged, once."""
     try:
-        reason = _tried(device)
+        reason = _tried(device, width)
     except ImportError:
         reason = "Triton is not installed"
     except Exception as error:  # a compiler's or a driver's, of whatever kind
@@ -57,11 +59,13 @@ def _reason_against(device: torch.device) -> str | None:
     return reason
 
 
-def _tried(device: torch.device) -> str | None:
+def _tried(device: torch.device, width: int) -> str | None:
     from pipeline.losses import ranking_triton
 
+    if width > ranking_triton.WIDEST:
+        return f"they take transitions up to {ranking_triton.WIDEST} wide, not {width}"
     generator = torch.Generator().manual_seed(0)
-    lists, candidates, depth, width = 3, 150, 40, 64
+    lists, candidates, depth = 3, 150, 40
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(device)
@@ -70,7 +74,8 @@ def _tried(device: torch.device) -> str | None:
     weights = torch.full((depth,), 1 / depth, dtype=torch.float64, device=device)
     scale = torch.tensor(14.0, device=device)
     keys = torch.nn.functional.normalize(drawn(candidates, width), dim=1)
-    given = (5 * drawn(lists, candidates), drawn(lists, depth, width), keys, ranking_of, scale, weights)
+    utilities = 100 * (2 * torch.rand(lists, candidates, generator=generator) - 1).to(device)  # as s = 100 gives
+    given = (utilities, drawn(lists, depth, width), keys, ranking_of, scale, weights)
     ours = ranking_triton.with_transitions(*given, gradient=True)
     theirs = ranking.with_transitions(*given, gradient=True, cells=1 << 20)
     for name in ("nll", "utilities", "queries", "keys", "scale"):

@@ -262,7 +262,7 @@ def _head(state: _State, plan: _Plan, of_candidates: str, u: Tensor, order: Tens
     leaves = [x.detach().requires_grad_(state.gradients is not None) for x in tables.tensors()]
     with torch.set_grad_enabled(state.gradients is not None):
         queries = position_queries(tables.replaced(leaves), ranking)
-    ranked = head_kernel(state.settings.head, u.device, u.dtype)(
+    ranked = head_kernel(state.settings.head, u.device, u.dtype, queries.shape[2])(
         u,
         queries.detach(),
         leaves[0].detach(),

@@ -29,6 +29,8 @@ from pipeline.losses.plackett_luce import rank_of
 from pipeline.losses.ranking import Ranked
 
 POSITIONS, CANDIDATES = 32, 64  # a tile
+WARPS = 8  # of a program: with 4 its registers spill, by kilobytes on an A100
+WIDEST = 256  # d: a tile's keys and queries lie in shared memory
 SHARES = 16  # of a chunk's lists that `_of_candidates` sums apart
 
 
@@ -51,7 +53,7 @@ def with_transitions(
     omega = weights.to(torch.float32).contiguous()
     lse = torch.empty(lists, depth, device=u.device, dtype=torch.float32)
     sizes = {"T": depth, "N": candidates, "D": width}
-    tile = {"BT": POSITIONS, "BN": CANDIDATES, "BD": max(16, triton.next_power_of_2(width))}
+    tile = {"BT": POSITIONS, "BN": CANDIDATES, "BD": padded(width), "num_warps": WARPS}
     tiles = triton.cdiv(depth, POSITIONS)
     _log_sums[(lists, tiles)](u, q, k, ranks, lse, **sizes, **tile)
     own = u.gather(1, ranking) + (q * k[ranking]).sum(2)
@@ -69,6 +71,11 @@ def with_transitions(
     )
     of_scale = (mean_keys * queries).sum(dtype=torch.float64)
     return Ranked(nll, of_utilities, scale * mean_keys, of_keys.sum(0), of_scale)
+
+
+def padded(width: int) -> int:
+    """d as the kernels hold it, a power of 2: what they are compiled for."""
+    return max(16, triton.next_power_of_2(width))
 
 
 @triton.jit
@@ -114,7 +121,7 @@ def _mean_keys(u, q, keys, ranks, lse, omega, out, T, N, D, BT: tl.constexpr, BN
     row = tl.program_id(0)
     position = tl.program_id(1) * BT + tl.arange(0, BT)
     tile = _queries(q, row, position, T, D, BD)
-    sums = tl.load(lse + row * T + position, mask=position < T, other=0.0)
+    sums = tl.load(lse + row * T + position, mask=position < T, other=float("inf"))  # all exp(u − lse) are 0 beyond
     weight = tl.load(omega + position, mask=position < T, other=0.0)
     mean = tl.zeros((BT, BD), tl.float32)
     for first in range(0, N, BN):
@@ -155,7 +162,8 @@ def _of_candidates(
         for start in range(0, T, BT):
             position = start + tl.arange(0, BT)
             tile = _queries(q, row, position, T, D, BD)
-            sums = tl.load(lse + row * T + position, mask=position < T, other=0.0)
+            # Position T may have candidates left; with lse = 0 there exp(u) could be ∞, and ∞ · 0 is not a number.
+            sums = tl.load(lse + row * T + position, mask=position < T, other=float("inf"))
             weight = tl.load(omega + position, mask=position < T, other=0.0)
             scores, _, rank = _scores(u + row * N, ranks + row * N, tile, keys, position, first, N, D, BN, BD)
             g = tl.exp(scores - sums[:, None]) - tl.where(rank[None, :] == position[:, None], 1.0, 0.0)

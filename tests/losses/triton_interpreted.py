@@ -21,18 +21,20 @@ from pipeline.losses.lists import ListSettings, list_loss  # noqa: E402
 from pipeline.losses.pairs import Pairs  # noqa: E402
 from pipeline.losses.plackett_luce import plackett_luce_nll  # noqa: E402
 
-# lists, candidates, positions, width: within a tile, beyond it, whole lists, not a multiple of anything
-SHAPES = [(3, 70, 32, 16), (2, 130, 5, 8), (4, 40, 40, 64), (1, 200, 33, 3), (18, 65, 7, 20)]
+# lists, candidates, positions, width, spread of u: within a tile, beyond it, whole lists, not a multiple of anything;
+# blocks of which nothing is left while others have some; and u as s = 100 gives, where exp(u) is beyond float32
+SHAPES = [(3, 70, 32, 16, 5), (2, 130, 5, 8, 5), (4, 40, 40, 64, 5), (1, 200, 33, 3, 5), (18, 65, 7, 20, 5)]
+SHAPES += [(2, 130, 129, 8, 5), (3, 70, 8, 16, 60)]
 
 
 def off(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-def inputs(lists: int, candidates: int, positions: int, width: int) -> tuple[Tensor, ...]:
+def inputs(lists: int, candidates: int, positions: int, width: int, spread: float) -> tuple[Tensor, ...]:
     """In float64; candidate 7 is left out of every list, as a row leaves itself out."""
     generator = torch.Generator().manual_seed(candidates)
-    u = 5 * torch.randn(lists, candidates, generator=generator, dtype=torch.float64)
+    u = spread * torch.randn(lists, candidates, generator=generator, dtype=torch.float64)
     u[:, 7] = -torch.inf
     orders = [torch.randperm(candidates, generator=generator) for _ in range(lists)]
     listed = torch.stack([order[order != 7][:positions] for order in orders])
