@@ -20,7 +20,7 @@ def kendall_tau(x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
         τ = Σ_{j<k} sign(x_j − x_k) sign(y_j − y_k) / (M (M − 1) / 2)
 
     Args:
-        x, y: (b, M) values to order by. valid: (b, M) bool, candidates to count; None for all.
+        x, y: (b, M) values to order by; without rows τ is 0. valid: (b, M) bool, candidates to count; None for all.
 
     Memory b·M·M.
     """
@@ -29,7 +29,7 @@ def kendall_tau(x: Tensor, y: Tensor, valid: Tensor | None = None) -> Tensor:
         valid = torch.ones_like(x, dtype=torch.bool)
     count = valid.sum(1).to(x.dtype)
     agree = agree * (valid[:, :, None] & valid[:, None, :])
-    return (agree.sum((1, 2)) / (count * (count - 1)).clamp_min(1)).mean()
+    return (agree.sum((1, 2)) / (count * (count - 1)).clamp_min(1)).sum() / max(1, len(x))
 
 
 @torch.no_grad()
@@ -37,14 +37,16 @@ def order_agreement(pairs: Pairs) -> dict[str, Tensor]:
     """τ between image→text and text→image similarities ("cross"), and between image-image and text-text ("in_modal").
 
     Taken over at most 16 of the own rows and 512 of the candidates, evenly spaced; a row's own item is left out of the
-    in-modal one. "kendall_tau" is the mean of both.
+    in-modal one. "kendall_tau" is the mean of both. Each is W B / N times the mean over own rows (once it, for a single
+    process), so that its average over processes weighs all rows alike.
     """
+    share = pairs.share * len(pairs.image_rows)
     rows = _spread(len(pairs.image_rows), ROWS, pairs.image_rows.device)
     some = _spread(len(pairs.image_all), CANDIDATES, pairs.image_rows.device)
     v, w = pairs.image_rows[rows].detach(), pairs.text_rows[rows].detach()
     v_all, w_all = pairs.image_all[some].detach(), pairs.text_all[some].detach()
-    cross = kendall_tau(v @ w_all.T, w @ v_all.T)
-    in_modal = kendall_tau(v @ v_all.T, w @ w_all.T, (rows + pairs.first)[:, None] != some)
+    cross = share * kendall_tau(v @ w_all.T, w @ v_all.T)
+    in_modal = share * kendall_tau(v @ v_all.T, w @ w_all.T, (rows + pairs.first)[:, None] != some)
     return {
         "kendall_tau": (cross + in_modal) / 2,
         "kendall_tau/cross": cross,

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pipeline.losses.head_kernel import Head, head_kernel
 from pipeline.losses.pairs import Pairs
@@ -151,35 +150,40 @@ def _there(gradient: Tensor | None) -> Tensor:
 
 def _sum_chunks(state: _State, weights: dict[str, float]) -> tuple[dict[str, Tensor], Tensor]:
     """Values (terms, weighted loss); gradients go to `state`."""
-    pairs, candidates = state.pairs, len(state.pairs.image_all)
-    plans = {group: _plan(state, group, weight) for group, weight in weights.items()}
-    sums: dict[Family, Tensor] = {}
-    rows = max(1, state.cells // candidates)
-    for group, plan in plans.items():
-        products = state.products(group)
-        for start in range(0, len(pairs.image_rows), rows):
-            chunk = slice(start, min(start + rows, len(pairs.image_rows)))
-            x, gradients = products.cosines(chunk), {}
-            for family in GROUPS[group]:
-                reference = x[OTHER[family[0]], OTHER[family[1]]]
-                nll, gradient = _family_chunk(state, plan, family, x[family], reference, chunk)
-                sums[family] = nll if family not in sums else sums[family] + nll
-                if gradient is not None:
-                    gradients[family] = gradient
-            if gradients:
-                products.add(chunk, gradients)
-        products.finish()
     terms: dict[str, Tensor] = {}
     value = state.scale.new_zeros(())
     for group, weight in weights.items():
-        nll = torch.stack([sums[family] for family in GROUPS[group]]) * pairs.share  # (2, P)
-        plan = plans[group]
+        plan = _plan(state, group, weight)
+        nll = _sum_group(state, group, plan) * state.pairs.share  # (2, P)
         terms[group] = (nll @ plan.share_of_position).sum().to(value.dtype)
         terms[f"{group}/head_nll"] = nll[:, : plan.head].mean().to(value.dtype)
         if plan.head < nll.shape[1]:
             terms[f"{group}/tail_nll"] = nll[:, plan.head :].mean().to(value.dtype)
         value = value + weight * terms[group]
     return terms, value
+
+
+def _sum_group(state: _State, group: str, plan: _Plan) -> Tensor:
+    """nll (2, P) of the group's two families, summed over own rows: 0 where there are none.
+
+    What it holds is gone when it returns: the groups' N × N matrices never stand beside each other.
+    """
+    sums = {family: plan.share_of_position.new_zeros(plan.depth) for family in GROUPS[group]}
+    own, rows = len(state.pairs.image_rows), max(1, state.cells // len(state.pairs.image_all))
+    products = state.products(group)
+    for start in range(0, own, rows):
+        chunk = slice(start, min(start + rows, own))
+        x, gradients = products.cosines(chunk), {}
+        for family in GROUPS[group]:
+            reference = x[OTHER[family[0]], OTHER[family[1]]]
+            nll, gradient = _family_chunk(state, plan, family, x[family], reference, chunk)
+            sums[family] += nll
+            if gradient is not None:
+                gradients[family] = gradient
+        if gradients:
+            products.add(chunk, gradients)
+    products.finish()
+    return torch.stack(list(sums.values()))
 
 
 @dataclass(frozen=True)
@@ -293,8 +297,9 @@ class _Attach(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would let constants through where `scale` has no graph
+            raise RuntimeError("the ranking loss has no second derivative: create_graph=True cannot be served")
         wanted = ctx.needs_input_grad[2:]
         pairs = zip(ctx.gradients, wanted, strict=True)
         scaled = (scale * g if needed and g is not None else None for g, needed in pairs)
@@ -303,10 +308,18 @@ class _Attach(torch.autograd.Function):
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the rest of training chose (TF32)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """float32 products in float32, whatever the rest of training chose (TF32), for all backends at once or for one."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    each = [backend.fp32_precision for backend in backends]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was chosen by backend, and there is no one answer
+        before = None
+    torch.set_float32_matmul_precision("highest")  # all backends
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before is not None:
+            torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, each, strict=True):
+            backend.fp32_precision = precision

@@ -5,10 +5,10 @@ A group has two families. Their cosines are N × N in all, and each is the refer
     cross      X_ij = ⟨v_i, w_j⟩ and Xᵀ            in-modal   ⟨v_i, v_j⟩ and ⟨w_i, w_j⟩, each its own transpose
 
 `Chunked` serves any process: b rows at a time, each product computed as it is needed and each gradient G folded in at
-once: 4 products of b × N × D for the group's cosines and gradients of both sides, twice over. `Whole` serves a process
-that has all pairs to itself and room for N × N numbers: it uses what is written above. The cross families share one
-matrix, its gradients add up to one H = G + G'ᵀ, and a symmetric matrix is folded in by one product, (G + Gᵀ) V: 7 large
-products for both groups together instead of 12.
+once: 6 products of b × N × D, of which 2 for the group's cosines and 4 for the gradients of both sides. `Whole` serves
+a process that has all pairs to itself and room for N × N numbers: it uses what is written above. The cross families
+share one matrix, its gradients add up to one H = G + G'ᵀ, and a symmetric matrix is folded in by one product,
+(G + Gᵀ) V: 7 large products for both groups together instead of 12.
 
 Legend: B own rows, N candidates, b rows of a chunk, D width.
 """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from loss_inputs import heads, tied_pairs, unit_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.losses import products
+from pipeline.losses import lists, products
 from pipeline.losses.lists import ListSettings, list_loss
 from pipeline.losses.pairs import Pairs
 from pipeline.losses.plackett_luce import plackett_luce_nll, worst_first
@@ -256,6 +257,43 @@ def test_backward_scales_and_repeats() -> None:
         torch.testing.assert_close(3 * a, b)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    inputs = leaves(unit_pairs(6), 5.0, None)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(fused(*inputs), inputs, create_graph=True)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_process_without_pairs_adds_nothing(order: int) -> None:
+    maps = heads(order) if order > 1 else None
+    v, w, s, *_ = leaves(unit_pairs(6), 5.0, maps)
+    tables = None if maps is None else {"image": maps["image"](v), "text": maps["text"](w)}
+    pairs = Pairs(v[:0], w[:0], v, w, s, first=6, share=2 / 6, sizes=(6, 0))
+    found = list_loss(pairs, ListSettings(transition_depth=3), BOTH, tables)
+    assert float(found.loss.detach()) == 0.0
+    assert {"cross", "cross/head_nll", "in_modal/tail_nll"} <= found.terms.keys()
+    assert all(g.abs().max() == 0 for g in torch.autograd.grad(found.loss, [v, w, s]))
+
+
+def test_the_groups_matrices_never_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Each may fill WHOLE_BYTES."""
+    alive: list[weakref.ref[object]] = []
+    make = lists._State.products
+
+    def products_of(state: Any, group: str) -> products.Products:
+        assert not [1 for earlier in alive if earlier() is not None]
+        made = make(state, group)
+        held = [made.x] if isinstance(made, products.WholeCross) else []
+        held += list(made.x.values()) if isinstance(made, products.WholeInModal) else []
+        alive.extend(weakref.ref(x.untyped_storage()) for x in held)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(lists._State, "products", products_of)
+    fused(*leaves(unit_pairs(6), 5.0, None))
+    assert len(alive) == {"whole": 2 + 3, "chunked": 2}[way]
+
+
 def test_without_gradients_the_value_is_the_same_and_no_graph_is_made() -> None:
     maps = heads(3)
     inputs = leaves(unit_pairs(7), 5.0, maps)
@@ -301,6 +339,41 @@ def test_matmul_precision_is_left_as_it_was() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_precision_chosen_by_backend_is_overruled_and_left_as_it_was() -> None:
+    """Then PyTorch refuses to say what its one setting is."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    v, w, s = (x.float() for x in (*unit_pairs(4), torch.tensor(3.0)))
+    expected = fused(v, w, s)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        with ProductPrecisions() as seen:
+            assert torch.equal(fused(v, w, s), expected)
+        assert set(seen.seen) == {"highest"}
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "bf16"]
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def test_one_backends_precision_is_not_lost_in_anothers() -> None:
+    """`allow_tf32` speaks of CUDA alone."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        chosen = [backend.fp32_precision for backend in backends]
+        fused(*leaves(unit_pairs(4), 3.0, None))
+        assert [backend.fp32_precision for backend in backends] == chosen
+        torch.backends.cuda.matmul.allow_tf32 = False
+        fused(*leaves(unit_pairs(4), 3.0, None))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 class ProductPrecisions(TorchDispatchMode):

@@ -300,6 +300,20 @@ def test_kendall_tau_is_scipys() -> None:
     assert float(kendall_tau(x, -x)) == pytest.approx(-1.0)
 
 
+def test_order_agreement_weighs_rows_of_unequal_processes_alike_and_takes_none() -> None:
+    from loss_inputs import unit_pairs
+
+    v, w = unit_pairs(7)
+    whole = order_agreement(Pairs.alone(v, w, torch.tensor(1.0)))
+    sizes, first, parts = (4, 0, 3), 0, []
+    for size in sizes:
+        own = slice(first, first + size)
+        parts.append(order_agreement(Pairs(v[own], w[own], v, w, torch.tensor(1.0), first, 3 / 7, sizes)))
+        first += size
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts) / 3, value)
+
+
 def test_order_agreement_leaves_the_item_itself_out() -> None:
     from loss_inputs import unit_pairs
 
