@@ -163,6 +163,26 @@ def test_a_bit_that_flips_where_captions_are_mapped_changes_none(written, caplog
     assert told > 10  # the others hit rows, reasons and padding
 
 
+def test_damage_to_both_copies_is_an_error_and_never_another_caption(written):
+    captions, table, manifest = written
+    good = captions.path.read_bytes()
+    place = json.loads(pq.read_metadata(captions.path).metadata[mapped.STREAM_KEY])
+    end = place["offset"] + place["bytes"]
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    path, told = captions.path.with_suffix(".new"), 0
+    for at in np.random.default_rng(6).integers(8 * end, 8 * footer, 60).tolist():
+        damaged = bytearray(good)
+        damaged[place["offset"] : end] = bytes(place["bytes"])
+        damaged[at // 8] ^= 1 << at % 8
+        path.unlink(missing_ok=True)
+        path.write_bytes(damaged)
+        try:
+            assert open_captions(path, manifest).rows_to_table() == table, at
+        except PipeError:
+            told += 1
+    assert told > 50
+
+
 def test_rows_out_of_order_are_not_written(written, tmp_path):
     captions, table, _ = written
     with pytest.raises(ValueError, match="in order"):
