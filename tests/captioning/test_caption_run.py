@@ -330,6 +330,31 @@ def test_a_lock_on_a_folder_that_was_removed_is_not_taken_for_one(tmp_path, monk
     assert not (tmp_path / "parts").exists()
 
 
+@pytest.mark.parametrize("moment", ["mkdir", "open"])
+def test_a_folder_that_goes_while_it_is_entered_is_made_again(tmp_path, monkeypatch, moment):
+    """The one before removes it after mkdir found it there, or before the lock's file was opened."""
+    folder, gone = tmp_path / "parts", []
+    mkdir = Path.mkdir
+
+    def interrupted(path: Path, *args: object, **options: object) -> None:
+        mkdir(path, *args, **options)
+        if path == folder and not gone:
+            gone.append(path.rmdir())
+            if moment == "mkdir":
+                raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with CaptionParts(folder):
+        assert gone
+    assert not folder.exists()
+
+
+def test_a_file_in_the_place_of_the_parts_is_one_line(tmp_path):
+    (tmp_path / "parts").write_text("")
+    with pytest.raises(PipeError, match=r"cannot make this folder: File exists, .*parts"):
+        CaptionParts(tmp_path / "parts").__enter__()
+
+
 def test_a_damaged_part_is_one_line_and_its_rows_are_captioned_again(run, make, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "PART_ROWS", 10)
     stopped = make()
