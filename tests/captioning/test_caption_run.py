@@ -303,6 +303,20 @@ def test_captions_of_another_manifest_are_refused(run, make, manifest, tmp_path)
     assert run(make(), manifest=other, overwrite=True).counts() == {"ok": 24}
 
 
+def test_parts_of_another_manifest_are_refused(run, make, manifest, tmp_path):
+    stopped = make()
+    stopped.before = lambda batch: os.kill(os.getpid(), signal.SIGTERM) if batch == 1 else None
+    with pytest.raises(Stopped):
+        run(stopped)
+    build_manifest(str(tmp_path / "tars" / "00001.tar"), tmp_path / "other.parquet", workers=0)
+    other = read_manifest(tmp_path / "other.parquet")
+    with pytest.raises(PipeError, match=r"made of another manifest, .*part-000000\.parquet.*--overwrite"):
+        run(make(), manifest=other)
+    whole = make()
+    run(whole, manifest=other, overwrite=True)
+    assert whole.seen == 24
+
+
 def test_two_at_once_are_refused(run, make, tmp_path):
     with (
         CaptionParts(tmp_path / "a.parts"),

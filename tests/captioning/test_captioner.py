@@ -56,6 +56,16 @@ def test_a_batch_of_unequal_prompts_is_padded_before_them(folders):
     assert (inputs["attention_mask"][:, -1] == 1).all()
 
 
+def test_a_tokenizer_without_a_mark_for_padding_pads_with_the_end(folders, tmp_path):
+    """As many language models' do."""
+    folder = Path(shutil.copytree(folders["qwen"], tmp_path / "qwen"))
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "pad_token"}))
+    found = captioner(folder, "a dog")
+    assert found._tokenizer.pad_token == "[SEP]"
+    assert found(pictures(4)) == captioner(folders["qwen"], "a dog")(pictures(4))
+
+
 def test_models_with_a_chat_template_are_asked_something(folders):
     assert captioner(folders["llava"]).prompt == DEFAULT_PROMPT
     assert captioner(folders["blip"]).prompt is None

@@ -99,7 +99,7 @@ def test_another_process_is_told_when_the_file_was_written_anew(written):
 
 
 def test_captions_of_the_first_rows_serve_a_grown_manifest(written, tmp_path):
-    captions, _, _ = written
+    captions, table, _ = written
     grown = manifest_of(tmp_path / "grown.parquet", ROWS + 500)
     found = open_captions(captions.path, grown)
     assert len(found) == ROWS
@@ -108,6 +108,10 @@ def test_captions_of_the_first_rows_serve_a_grown_manifest(written, tmp_path):
     assert found.caption(ROWS + 499) is None
     rows = np.arange(ROWS - 100, ROWS + 500)
     assert found.missing(rows) == 500 + captions.missing(rows[:100])
+    absent, failed = found.without(rows)
+    status = np.array([*table.column("status").to_pylist()[-100:], *["absent"] * 500])
+    assert np.array_equal(absent, status == "absent")
+    assert np.array_equal(failed, ~np.isin(status, ["ok", "absent"]))
     with pytest.raises(IndexError):
         found.caption(ROWS + 500)
     assert pickle.loads(pickle.dumps(found)).caption(ROWS) is None
