@@ -95,7 +95,7 @@ def _captioned(captions: SyntheticCaptions, rows: np.ndarray, split: str) -> np.
         raise PipeError(
             f"{int(absent.sum()):,} of {len(rows):,} {split} rows have not been captioned",
             where=captions.path,
-            fix="run: pipe caption",
+            fix="run: pipe caption --set caption.split=all" if split == "val" else "run: pipe caption",
         )
     if failed.any():
         log.info("leaving out %d %s rows that the captioner could say nothing of", int(failed.sum()), split)

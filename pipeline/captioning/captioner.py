@@ -151,7 +151,10 @@ class Captioner:
         if len(refused) == len(images) and not self._takes_anything():
             raise self._unusable("its processor takes no image", refused[0].reason)
         usable = [image for index, image in enumerate(images) if index not in refused]
-        return (self._inputs(usable) if usable else None), refused
+        try:
+            return (self._inputs(usable) if usable else None), refused
+        except Exception as error:  # each of them alone, but not together
+            raise self._unusable("its processor does not take a batch", short(error)) from error
 
     def _takes_anything(self) -> bool:
         """Whether the processor takes an ordinary image: if not, it is no fault of the images."""
@@ -161,8 +164,9 @@ class Captioner:
             return False
         return True
 
-    def _unusable(self, what: str, reason: str) -> PipeError:
-        fix = "set caption.prompt (some models need one), or use another model"
+    def _unusable(
+        self, what: str, reason: str, fix: str = "set caption.prompt (some models need one), or use another model"
+    ) -> PipeError:
         return PipeError(f"{what} ({reason})", where=f"caption.model {self.name}", fix=fix)
 
     def _inputs(self, images: Sequence[Image.Image]) -> Mapping[str, Tensor]:
@@ -191,7 +195,8 @@ class Captioner:
                 fix="make it smaller",
             ) from error
         except Exception as error:  # whatever a model does not like
-            raise self._unusable("it cannot caption", short(error)) from error
+            fix = "set caption.prompt (some models need one), make caption.max_new_tokens smaller, or use another model"
+            raise self._unusable("it cannot caption", short(error), fix) from error
         if prompt is not None and not self._model.config.is_encoder_decoder:
             tokens = tokens[:, _repeated(prompt, tokens) :]
         texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)

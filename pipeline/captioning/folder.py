@@ -132,6 +132,16 @@ def network_of(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
 
 def files_sha256(folder: Path) -> str:
     """SHA-256 over the names and SHA-256 of all files that shape captions."""
-    files = sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
+    found = {path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}
+    files = sorted(found | {path for path in _shards(folder) if path.is_file()})
     listed = json.dumps([[path.name, sha256_file(path)] for path in files])
     return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _shards(folder: Path) -> set[Path]:
+    """The files of weights that the folder's index names, whatever they are called; none where there is no index."""
+    try:
+        names = json.loads((folder / WEIGHTS[1]).read_text())["weight_map"].values()
+        return {folder / name for name in names}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # loading tells of a broken one
+        return set()

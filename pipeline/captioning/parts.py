@@ -27,6 +27,7 @@ from pipeline.data.synthetic_captions import ABSENT, METADATA_KEY, SCHEMA, Capti
 from pipeline.errors import PipeError
 from pipeline.run_folder import replacing, sync_folder
 
+ATTEMPTS = 100  # to enter while others remove the folder; what stands in the way for good does so still
 CHECKSUM_KEY = b"dinorankclip.crc32c"  # of the rows: Parquet has none that covers them all
 
 
@@ -45,12 +46,19 @@ class CaptionParts:
         self._lock: StoreLock | None = None
 
     def __enter__(self) -> CaptionParts:
+        attempts = 0
         while self._lock is None:
+            attempts += 1
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
+                lock = StoreLock(self.folder)
+            except (OSError, PipeError) as error:
+                cause = error.__cause__ if isinstance(error, PipeError) else error
+                if isinstance(cause, FileExistsError | FileNotFoundError) and attempts < ATTEMPTS:
+                    continue  # as below, between two looks at the folder
+                if isinstance(error, PipeError):
+                    raise
                 raise PipeError(f"cannot make this folder: {error.strerror}", where=self.folder) from error
-            lock = StoreLock(self.folder)
             if not lock.exclusive():
                 holders = lock.holders()
                 lock.close()

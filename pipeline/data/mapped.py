@@ -7,7 +7,8 @@ footer at the file's end says where every column is). Both come and go together,
 Parquet columns.
 
 The stream is never needed. A file without one, or with a damaged one (each of its columns has a CRC-32C, checked when
-the column is first used), is read from its Parquet columns into memory.
+the column is first used), is read from its Parquet columns into memory; their pages have a CRC-32 each, so that damage
+to both copies is an error and never another value.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def write_mapped(path: Path, table: pa.Table, coded: Sequence[str]) -> None:
     with (
         replacing(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,
-        pq.ParquetWriter(file, table.schema, compression="zstd") as parquet,
+        pq.ParquetWriter(file, table.schema, compression="zstd", write_page_checksum=True) as parquet,
     ):
         place = _write_stream(file, _with_dictionaries(table, coded))
         file.flush()
@@ -128,9 +129,11 @@ class MappedTable:
     def _unpacked(self, name: str) -> pa.ChunkedArray:
         dictionaries = [name] if name in self._coded else None
         try:
-            with pq.ParquetFile(self.path, read_dictionary=dictionaries) as parquet:
+            with pq.ParquetFile(self.path, read_dictionary=dictionaries, page_checksum_verification=True) as parquet:
                 same = (parquet.metadata.num_rows, parquet.metadata.metadata or {}) == (self.rows, self.metadata)
                 column = parquet.read(columns=[name]).column(0) if same else None
+            if column is not None and len(column) != self.rows:
+                raise ValueError(f"{len(column)} values of {self.rows}")
         except (pa.ArrowException, OSError, ValueError) as error:
             raise PipeError(
                 f"cannot read column {name} ({error})", where=self.path, fix=f"run: {self._remake}"

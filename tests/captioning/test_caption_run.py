@@ -303,6 +303,20 @@ def test_captions_of_another_manifest_are_refused(run, make, manifest, tmp_path)
     assert run(make(), manifest=other, overwrite=True).counts() == {"ok": 24}
 
 
+def test_parts_of_another_manifest_are_refused(run, make, manifest, tmp_path):
+    stopped = make()
+    stopped.before = lambda batch: os.kill(os.getpid(), signal.SIGTERM) if batch == 1 else None
+    with pytest.raises(Stopped):
+        run(stopped)
+    build_manifest(str(tmp_path / "tars" / "00001.tar"), tmp_path / "other.parquet", workers=0)
+    other = read_manifest(tmp_path / "other.parquet")
+    with pytest.raises(PipeError, match=r"made of another manifest, .*part-000000\.parquet.*--overwrite"):
+        run(make(), manifest=other)
+    whole = make()
+    run(whole, manifest=other, overwrite=True)
+    assert whole.seen == 24
+
+
 def test_two_at_once_are_refused(run, make, tmp_path):
     with (
         CaptionParts(tmp_path / "a.parts"),
@@ -328,6 +342,31 @@ def test_a_lock_on_a_folder_that_was_removed_is_not_taken_for_one(tmp_path, monk
         with pytest.raises(PipeError, match="another pipe caption is at work"):
             CaptionParts(tmp_path / "parts").__enter__()
     assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "open"])
+def test_a_folder_that_goes_while_it_is_entered_is_made_again(tmp_path, monkeypatch, moment):
+    """The one before removes it after mkdir found it there, or before the lock's file was opened."""
+    folder, gone = tmp_path / "parts", []
+    mkdir = Path.mkdir
+
+    def interrupted(path: Path, *args: object, **options: object) -> None:
+        mkdir(path, *args, **options)
+        if path == folder and not gone:
+            gone.append(path.rmdir())
+            if moment == "mkdir":
+                raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with CaptionParts(folder):
+        assert gone
+    assert not folder.exists()
+
+
+def test_a_file_in_the_place_of_the_parts_is_one_line(tmp_path):
+    (tmp_path / "parts").write_text("")
+    with pytest.raises(PipeError, match=r"cannot make this folder: File exists, .*parts"):
+        CaptionParts(tmp_path / "parts").__enter__()
 
 
 def test_a_damaged_part_is_one_line_and_its_rows_are_captioned_again(run, make, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_captioners import blip, pictures, said_by_the_library
-from transformers import CLIPConfig
+from transformers import BlipForConditionalGeneration, CLIPConfig
 
 from pipeline.captioning.captioner import DEFAULT_PROMPT, Captioner, CaptionSettings, Refused
 from pipeline.errors import PipeError
@@ -56,6 +56,16 @@ def test_a_batch_of_unequal_prompts_is_padded_before_them(folders):
     assert (inputs["attention_mask"][:, -1] == 1).all()
 
 
+def test_a_tokenizer_without_a_mark_for_padding_pads_with_the_end(folders, tmp_path):
+    """As many language models' do."""
+    folder = Path(shutil.copytree(folders["qwen"], tmp_path / "qwen"))
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "pad_token"}))
+    found = captioner(folder, "a dog")
+    assert found._tokenizer.pad_token == "[SEP]"
+    assert found(pictures(4)) == captioner(folders["qwen"], "a dog")(pictures(4))
+
+
 def test_models_with_a_chat_template_are_asked_something(folders):
     assert captioner(folders["llava"]).prompt == DEFAULT_PROMPT
     assert captioner(folders["blip"]).prompt is None
@@ -93,6 +103,42 @@ def test_a_processor_that_takes_nothing_is_one_line(folders, monkeypatch):
     monkeypatch.setattr(found, "_inputs", lambda images: {}["text"])
     with pytest.raises(PipeError, match=r"its processor takes no image \(KeyError.*set caption\.prompt"):
         found(pictures(2))
+
+
+def test_images_that_do_not_go_together_are_one_line_beside_a_refused_one_too(folders, monkeypatch):
+    """As where the processor leaves images at their sizes."""
+    found = captioner(folders["blip"])
+
+    def unequal(images):
+        if len({image.size for image in images}) > 1 or images[0].width == 1:
+            raise ValueError("not like this")
+        return {}
+
+    monkeypatch.setattr(found, "_inputs", unequal)
+    for images in (pictures(3), [*pictures(3), Image.new("RGB", (1, 9))]):
+        with pytest.raises(PipeError, match=r"does not take a batch \(ValueError: not like this"):
+            found(images)
+
+
+def test_captions_longer_than_the_model_can_write_name_the_setting(folders):
+    long = Captioner(str(folders["encoder_decoder"]), CaptionSettings(max_new_tokens=100), "cpu")
+    with pytest.raises(PipeError, match=r"it cannot caption \(.*make caption\.max_new_tokens smaller"):
+        long(pictures(2))
+
+
+def test_the_identity_follows_weights_under_any_name_that_the_index_has(folders, copied):
+    BlipForConditionalGeneration.from_pretrained(copied).save_pretrained(copied, max_shard_size="60KB")
+    (copied / "model.safetensors").unlink(missing_ok=True)
+    index = json.loads((copied / "model.safetensors.index.json").read_text())
+    shard = max(index["weight_map"].values())
+    (copied / shard).rename(copied / "last.safetensors")
+    places = {key: "last.safetensors" if place == shard else place for key, place in index["weight_map"].items()}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index | {"weight_map": places}))
+    before = captioner(copied)
+    assert before(pictures(2)) == captioner(folders["blip"])(pictures(2))
+    weights = load_file(copied / "last.safetensors")
+    save_file({key: 2 * value for key, value in weights.items()}, copied / "last.safetensors", {"format": "pt"})
+    assert captioner(copied).identity.difference(before.identity)
 
 
 def test_bfloat16_is_a_precision_of_its_own(folders):

@@ -99,7 +99,7 @@ def test_another_process_is_told_when_the_file_was_written_anew(written):
 
 
 def test_captions_of_the_first_rows_serve_a_grown_manifest(written, tmp_path):
-    captions, _, _ = written
+    captions, table, _ = written
     grown = manifest_of(tmp_path / "grown.parquet", ROWS + 500)
     found = open_captions(captions.path, grown)
     assert len(found) == ROWS
@@ -108,6 +108,10 @@ def test_captions_of_the_first_rows_serve_a_grown_manifest(written, tmp_path):
     assert found.caption(ROWS + 499) is None
     rows = np.arange(ROWS - 100, ROWS + 500)
     assert found.missing(rows) == 500 + captions.missing(rows[:100])
+    absent, failed = found.without(rows)
+    status = np.array([*table.column("status").to_pylist()[-100:], *["absent"] * 500])
+    assert np.array_equal(absent, status == "absent")
+    assert np.array_equal(failed, ~np.isin(status, ["ok", "absent"]))
     with pytest.raises(IndexError):
         found.caption(ROWS + 500)
     assert pickle.loads(pickle.dumps(found)).caption(ROWS) is None
@@ -161,6 +165,26 @@ def test_a_bit_that_flips_where_captions_are_mapped_changes_none(written, caplog
         assert [found.caption(row) for row in range(ROWS)] == expected, at
         told += any("damaged" in message for message in caplog.messages)
     assert told > 10  # the others hit rows, reasons and padding
+
+
+def test_damage_to_both_copies_is_an_error_and_never_another_caption(written):
+    captions, table, manifest = written
+    good = captions.path.read_bytes()
+    place = json.loads(pq.read_metadata(captions.path).metadata[mapped.STREAM_KEY])
+    end = place["offset"] + place["bytes"]
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    path, told = captions.path.with_suffix(".new"), 0
+    for at in np.random.default_rng(6).integers(8 * end, 8 * footer, 60).tolist():
+        damaged = bytearray(good)
+        damaged[place["offset"] : end] = bytes(place["bytes"])
+        damaged[at // 8] ^= 1 << at % 8
+        path.unlink(missing_ok=True)
+        path.write_bytes(damaged)
+        try:
+            assert open_captions(path, manifest).rows_to_table() == table, at
+        except PipeError:
+            told += 1
+    assert told > 50
 
 
 def test_rows_out_of_order_are_not_written(written, tmp_path):

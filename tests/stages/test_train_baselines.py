@@ -125,6 +125,16 @@ def test_alip_on_the_captions_that_pipe_caption_wrote(folder, captioner, caplog)
     assert "captions" not in read_json(Workspace(folder / "workspace").run("clip").record)["data"]
 
 
+def test_validation_rows_without_captions_are_asked_for_by_a_command_that_helps(folder, captioner):
+    """Under `split: train` the same command again would do nothing."""
+    sets = [f"caption.model={captioner}", "caption.max_new_tokens=6", "caption.split=train"]
+    caption.run(load_config(folder / "pipe.yaml", sets=sets))
+    with pytest.raises(PipeError, match=r"val rows have not been captioned.*pipe caption --set caption\.split=all"):
+        run(folder, **{"train.method": "alip"})
+    caption.run(load_config(folder / "pipe.yaml", sets=[*sets, "caption.split=all"]))
+    run(folder, **{"train.method": "alip"})
+
+
 def test_other_captions_end_a_resume(folder, captioner, monkeypatch):
     from pipeline.training.loop import Training
 
