@@ -52,9 +52,7 @@ class Recorder(nn.Module):
         super().__init__()
         self.calls: list[tuple[float, bool]] = []
 
-    def forward(
-        self, images: Tensor, tokens: Tensor, targets: Any, progress: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, progress: float, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls.append((progress, self.training))
         return torch.tensor(0.0), {"loss": images.mean()}
 
