@@ -226,7 +226,8 @@ def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_me
     """Batches in the order of `steps`, read ahead by `workers` processes (0: in this one).
 
     Raises:
-        PipeError: one that a worker met, as it was raised there (torch would wrap its traceback into the message).
+        PipeError: one that a worker met, as it was raised there (torch would wrap its traceback into the message); or a
+            worker was killed.
     """
     loader = DataLoader(
         _Carrying(dataset),
@@ -237,10 +238,17 @@ def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_me
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, PipeError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, PipeError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = " ".join(str(error).split())
+        fix = "where memory ran out, lower data.workers; then go on with --resume"
+        raise PipeError(f"a process that reads batches was killed ({reason})", fix=fix) from error
 
 
 class _Carrying(Dataset[Batch | PipeError]):

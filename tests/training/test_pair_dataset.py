@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
+import pytest
 import torch
 
 from pipeline.cache.reader import open_cache
 from pipeline.data.manifest import read_manifest
 from pipeline.data.samples import SampleReader
 from pipeline.data.views import Preprocess, View
-from pipeline.training.data import PairDataset, permuted_rows
+from pipeline.errors import PipeError
+from pipeline.training.data import PairDataset, batches, permuted_rows
 from pipeline.training.sampler import Step, caption_choice
 
 PREPROCESS = Preprocess(View(kind="crop", size=32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -22,6 +27,18 @@ def spell(captions: list[str]) -> torch.Tensor:
 
 def said(tokens: torch.Tensor) -> list[str]:
     return [bytes(row).decode().rstrip() for row in tokens.tolist()]
+
+
+class Killed:
+    """A dataset whose worker is killed, as the system does where memory runs out."""
+
+    def __getitem__(self, step: Step) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(PipeError, match=r"a process that reads batches was killed.*data\.workers.*--resume"):
+        next(batches(Killed(), [Step(0, 0, np.arange(2))], workers=1))
 
 
 def test_captions_are_those_the_epoch_chooses_and_all_come_in_turn(tiny_stage_one):
