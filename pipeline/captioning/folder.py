@@ -17,7 +17,7 @@ from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.run_folder import sha256_file
 from pipeline.teacher.huggingface_folder import CONFIG, WEIGHTS
-from pipeline.teacher.huggingface_load import first_keys, quiet, refuse_misfits, short
+from pipeline.teacher.huggingface_load import first_keys, model_type, quiet, refuse_misfits, short
 
 TEXT_FILES = (  # of tokenizer and processor
     "*preprocessor_config.json",  # of images, of videos
@@ -48,15 +48,7 @@ def config_of(folder: Path) -> tuple[Any, str]:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
 
-    path = folder / CONFIG
-    try:
-        kind = str(json.loads(path.read_text())["model_type"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PipeError(
-            f"this folder holds no model of the transformers library ({CONFIG}: {type(error).__name__})",
-            where=folder,
-            fix="name a folder that save_pretrained wrote, or one downloaded from the hub",
-        ) from error
+    path, kind = folder / CONFIG, model_type(folder)
     if kind not in KNOWN:
         raise PipeError(
             f"models of type {kind!r} write no captions",

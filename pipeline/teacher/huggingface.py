@@ -7,7 +7,6 @@ remote code, no pickles. Weights must fit key by key; the library itself would f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from pipeline.teacher.huggingface_folder import (
     local_folder,
 )
 from pipeline.teacher.huggingface_layers import HuggingFaceConvNeXt, HuggingFaceViT
-from pipeline.teacher.huggingface_load import download, quiet, refuse_misfits, short
+from pipeline.teacher.huggingface_load import download, model_type, quiet, refuse_misfits, short
 from pipeline.teacher.weights import WeightsUnavailable
 
 CLASSES = {  # model_type → configuration, network
@@ -90,15 +89,7 @@ def _config(folder: Path) -> Any:
     """The network's configuration, as the library's own class."""
     import transformers
 
-    path = folder / CONFIG
-    try:
-        kind = str(json.loads(path.read_text())["model_type"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PipeError(
-            f"this folder holds no model of the transformers library ({CONFIG}: {type(error).__name__})",
-            where=folder,
-            fix="name a folder that save_pretrained wrote, or one downloaded from the hub",
-        ) from error
+    path, kind = folder / CONFIG, model_type(folder)
     if kind not in CLASSES:
         raise PipeError(
             f"models of type {kind!r} are no teachers", where=path, fix=f"use one of type {', '.join(CLASSES)}"

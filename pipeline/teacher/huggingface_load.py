@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 from pipeline.console import log
 from pipeline.errors import PipeError
-from pipeline.teacher.huggingface_folder import PREFIX, is_path
+from pipeline.teacher.huggingface_folder import CONFIG, PREFIX, is_path
 from pipeline.teacher.weights import WeightsUnavailable
 
 LISTED = 3  # keys an error names
@@ -40,6 +41,18 @@ def download(name: str, wanted: Sequence[str], where: str) -> Path:
             where=where,
             fix="fetch its folder where there is a network (gated models: accept their licence and log in first) and "
             "name it hf:./FOLDER",
+        ) from error
+
+
+def model_type(folder: Path) -> str:
+    """What config.json says the model is; PipeError where it says nothing."""
+    try:
+        return str(json.loads((folder / CONFIG).read_text())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PipeError(
+            f"this folder holds no model of the transformers library ({CONFIG}: {type(error).__name__})",
+            where=folder,
+            fix="name a folder that save_pretrained wrote, or one downloaded from the hub",
         ) from error
 
 
