@@ -151,6 +151,20 @@ def test_an_image_that_went_bad_after_indexing_is_skipped_and_named(folder):
     assert read_json(done.record)["samples_seen"] == 48 - len(skipped)
 
 
+def test_validation_images_that_are_all_gone_do_not_end_the_run(folder):
+    from pipeline.data.manifest import read_manifest
+    from pipeline.training.tracking import read_metrics
+    from stages import index
+
+    index.run(load_config(folder / "pipe.yaml"))  # the copied manifest still points at the originals
+    manifest = read_manifest(folder / "workspace" / "manifest.parquet")
+    spoil(folder, manifest, [int(row) for row in manifest.rows("val")])
+    done = run(folder, **{"train.method": "clip"})
+    lines = read_metrics(done.metrics)
+    assert any("train/loss" in line for line in lines)
+    assert not any("val/loss" in line for line in lines)
+
+
 def test_a_loss_that_is_not_finite_stops_with_rows_and_checkpoint(folder, monkeypatch):
     from pipeline.losses.objective import Objective
 
