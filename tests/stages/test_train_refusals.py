@@ -165,15 +165,21 @@ def test_validation_images_that_are_all_gone_do_not_end_the_run(folder):
     assert not any("val/loss" in line for line in lines)
 
 
-def test_a_loss_that_is_not_finite_stops_with_rows_and_checkpoint(folder, monkeypatch):
+@pytest.mark.parametrize(("factor", "what"), [("nan", "loss is nan"), ("inf", "gradient's norm is (inf|nan)")])
+def test_what_is_not_finite_stops_with_rows_and_checkpoint(folder, monkeypatch, factor, what):
+    """A finite loss may have a gradient that is not: the checkpoint after it would hold nothing but nan."""
     from pipeline.losses.objective import Objective
 
     original = Objective.forward
 
     def broken(self, *, progress, **inputs):
         loss, logs = original(self, progress=progress, **inputs)
-        return (loss * float("nan") if progress > 0.6 else loss), logs
+        if progress > 0.6 and factor == "nan":
+            loss = loss * float("nan")
+        elif progress > 0.6 and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, logs
 
     monkeypatch.setattr(Objective, "forward", broken)
-    with pytest.raises(PipeError, match=r"the loss is nan at step 4, rows .*step-00000003"):
+    with pytest.raises(PipeError, match=rf"the {what} at step 4, rows .*step-00000003"):
         run(folder)
