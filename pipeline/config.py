@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config_schema import Config, ModelConfig, TrainConfig
+from pipeline.console import log
 from pipeline.errors import PipeError
 
 __all__ = ["Config", "configs_folder", "load_config", "shipped", "validate"]
@@ -135,6 +136,7 @@ def _sections() -> list[str]:
 def _apply_named_files(chosen: dict[str, Any], explicit: dict[str, Any]) -> dict[str, Any]:
     method = _get(explicit, "train.method") or _get(chosen, "train.method") or TrainConfig().method
     method_file = shipped("methods", str(method))
+    of_yaml = chosen
     chosen = merge(chosen, {"data": {"permute_targets": False}})
     if isinstance(chosen.get("model"), dict):  # a saved run's YAML lists its parts; the fusion asked for now decides
         chosen["model"].pop("parts", None)
@@ -143,14 +145,34 @@ def _apply_named_files(chosen: dict[str, Any], explicit: dict[str, Any]) -> dict
     written = {kind: _get(chosen, key) for kind, key in (("methods", "train.method"), ("fusion", "model.fusion"))}
     if isinstance(written["methods"], str) and written["methods"] != method:
         chosen = _without(chosen, shipped("methods", written["methods"]))
+    elif written["methods"] == method:
+        _say_overridden(of_yaml, method_file, explicit, f"method {method}")
     chosen = merge(chosen, method_file)
     fusion = _get(explicit, "model.fusion") or _get(chosen, "model.fusion") or ModelConfig().fusion
     if isinstance(written["fusion"], str) and written["fusion"] != fusion:
         chosen = _without(chosen, shipped("fusion", written["fusion"]))
-    chosen = merge(chosen, shipped("fusion", str(fusion)))
+    fusion_file = shipped("fusion", str(fusion))
+    if written["fusion"] == fusion:
+        _say_overridden(of_yaml, fusion_file, explicit, f"fusion {fusion}")
+    chosen = merge(chosen, fusion_file)
     put(chosen, "train.method", method)
     put(chosen, "model.fusion", fusion)
     return chosen
+
+
+def _say_overridden(
+    written: Mapping[str, Any], file: Mapping[str, Any], explicit: Mapping[str, Any], by: str, above: str = ""
+) -> None:
+    """Warn of every value of a YAML that its own method or fusion replaces: --set is the way to vary them."""
+    for key, value in file.items():
+        dotted = f"{above}{key}"
+        if isinstance(value, Mapping):
+            if isinstance(below := written.get(key), Mapping):
+                _say_overridden(below, value, explicit, by, f"{dotted}.")
+        elif key in written and written[key] != value and _get(explicit, dotted) is None:
+            log.warning(
+                "%s: %s in the YAML is replaced by %s of %s (vary it with --set)", dotted, written[key], value, by
+            )
 
 
 def _without(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:

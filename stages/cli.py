@@ -281,7 +281,9 @@ def train(
     order: Annotated[
         int | None, typer.Option("--order", min=0, help="0: CLIP, 1: RankCLIP, 2 and more: transitions.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="clip, rankclip or dinorankclip.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="clip, cyclip, alip, slip, rankclip or dinorankclip.")
+    ] = None,
     fusion: Annotated[
         str | None,
         typer.Option(

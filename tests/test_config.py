@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,25 @@ def test_a_method_file_overrides_the_yaml_and_sets_only_what_defines_it(tmp_path
     assert (config.train.order, config.model.fusion, config.loss.positions) == (1, "none", "uniform")
     assert config.loss.cross == 0.0625
     assert config.train.batch_size == 64
+
+
+def test_a_yaml_that_contradicts_its_own_method_is_told_so(tmp_path, caplog, monkeypatch):
+    """A run's saved YAML does, where --set varied its method: without it the same file is another run."""
+    monkeypatch.setattr(logging.getLogger("pipe"), "propagate", True)
+    saved = load_config(write(tmp_path / "a.yaml", {}), flags={"train.method": "cyclip"}, sets=["loss.cyclic_cross=2"])
+    path = write(tmp_path / "saved.yaml", saved.dump())
+    assert caplog.text == ""
+    assert load_config(path, sets=["loss.cyclic_cross=2"]) == saved
+    assert caplog.text == ""
+    assert load_config(path).loss.cyclic_cross == 0.25
+    assert "loss.cyclic_cross: 2.0 in the YAML is replaced by 0.25 of method cyclip" in caplog.text
+    load_config(write(tmp_path / "b.yaml", {"model": {"fusion": "no-distill"}, "loss": {"gram": 2}}))
+    assert "loss.gram: 2 in the YAML is replaced by 0 of fusion no-distill" in caplog.text
+    caplog.clear()
+    for fusion in (file.stem for file in (configs_folder() / "fusion").glob("*.yaml")):
+        own = load_config(write(tmp_path / "c.yaml", {}), flags={"model.fusion": fusion})
+        assert load_config(write(tmp_path / "d.yaml", own.dump())) == own
+    assert caplog.text == ""
 
 
 def test_an_explicit_set_may_vary_a_methods_weights(tmp_path):

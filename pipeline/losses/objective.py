@@ -56,8 +56,8 @@ class Objective(nn.Module):
     Attributes:
         log_details: compute what only a log needs (Kendall's τ); the trainer sets it for the steps it logs. It must be
             the same on every process.
-        keep_terms: leave every weighted term of the next forward in `terms`, name → (), with its graph. Also the same
-            on every process.
+        keep_terms: leave every weighted term of the next training forward in `terms`, name → (), with its graph. Also
+            the same on every process.
     """
 
     def __init__(
@@ -140,9 +140,14 @@ class Objective(nn.Module):
             shown = self.log_details or not self.training
             if shown:
                 found.logs |= order_agreement(pairs)
-        self.terms = found.terms if self.keep_terms else {}
+        self.terms = found.terms if self._keeps else {}
         logs = {"loss": found.total} | found.logs
         return found.total, _averaged(logs) if shown else {k: value.detach().clone() for k, value in logs.items()}
+
+    @property
+    def _keeps(self) -> bool:
+        """Validation comes between two steps, of which the first may have been measured."""
+        return self.keep_terms and self.training
 
     def _second(self, tokens: Tensor | None) -> Tensor | None:
         """The second captions' outputs (B, D); None where no loss asks for them."""
@@ -201,7 +206,7 @@ class Objective(nn.Module):
         for name, head in self.transitions.items():
             betas = head.betas.detach().clone()  # type: ignore[operator]
             found.logs |= {f"beta/{name}/{r}": beta for r, beta in enumerate(betas, start=2)}
-        if self.keep_terms:  # the fused loss has one gradient for both groups
+        if self._keeps:  # the fused loss has one gradient for both groups
             found.terms |= {
                 group: list_loss(pairs, self.list_settings, {group: weight}, tables).loss
                 for group, weight in now.items()

@@ -29,7 +29,8 @@ def flops_per_sample(model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module |
         if texts > 1:
             forward += (texts - 1) * _count(lambda: model.encode_text(tokens))
         if simclr is not None:
-            forward += 2 * _count(lambda: simclr(model.trunk.pooled(images)))
+            place = next(simclr.parameters()).device  # a run that ends takes the model alone off the GPU
+            forward += 2 * _count(lambda: simclr(model.trunk.pooled(images).to(place)))
     return (1 + BACKWARD) * forward
 
 

@@ -155,7 +155,7 @@ class PairDataset(Dataset[Batch]):
         )
 
     def _tokens(self, captions: list[str]) -> Tensor:
-        return self.tokenizer(captions) if captions else torch.empty(0, 1, dtype=torch.int64)
+        return self.tokenizer(captions) if captions else self.tokenizer([""])[:0]  # (0, L)
 
     def _view_of(self, epoch: int, row: int) -> ViewSpec | None:
         """The view that an epoch takes of a row; None is the base view."""

@@ -114,7 +114,7 @@ class Training:
         self.accelerator.backward(loss)
         limit = settings.grad_clip if settings.grad_clip > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
-        self._refuse_nan(loss, batch)
+        self._refuse_nan(loss, norm, batch)
         if detailed:
             logs |= self._part_gradients(norm, limit)
         self.optimizer.step()
@@ -167,13 +167,17 @@ class Training:
     def _due(self, every: int | None) -> bool:
         return self.step == self.settings.total_steps or (every is not None and self.step % every == 0)
 
-    def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
-        if bool(torch.isfinite(loss)):
+    def _refuse_nan(self, loss: Tensor, norm: Any, batch: Batch) -> None:
+        """Stop before the update: clipping makes nan of an infinite gradient. fp16's scaler leaves such steps out."""
+        what, value = "loss", float(loss.detach())
+        if math.isfinite(value) and self.accelerator.scaler is None:
+            what, value = "gradient's norm", float(norm)
+        if math.isfinite(value):
             return
         last = checkpoints(self.folder.checkpoints)
         rows = ", ".join(str(row) for row in batch.rows[:8].tolist())
         raise PipeError(
-            f"the loss is {loss.item()} at step {self.step}",
+            f"the {what} is {value} at step {self.step}",
             where=f"rows {rows}, …",
             fix=f"last good checkpoint: {last[-1] if last else 'none'}; lower train.lr or use train.precision=no",
         )

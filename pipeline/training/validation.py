@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.distributed import gather_with_grad
+from pipeline.distributed import all_gather_sizes, gather_with_grad
 from pipeline.training.data import Batch
 from pipeline.training.sampler import Step
 
@@ -49,6 +49,8 @@ def validate(
     features, numbers = [], []
     try:
         for batch in batches:
+            if not any(all_gather_sizes(len(batch.rows), device)):
+                continue  # no process could read any of its images
             numbers.append(torch.tensor([image_numbers[row] for row in batch.rows.tolist()], device=device))
             batch = batch.to(device)
             _, logs = objective(**batch.inputs, progress=1.0)

@@ -47,3 +47,10 @@ def test_counting_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert not model.trunk.clip.visual.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_head_on_another_device_than_the_model_is_counted_all_the_same() -> None:
+    model = build(student=False)
+    head = torch.nn.Linear(model.trunk.pooled_width, 16)
+    expected = flops_per_sample(model, simclr=head)
+    assert flops_per_sample(model, simclr=head.to("meta")) == expected

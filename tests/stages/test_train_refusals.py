@@ -151,15 +151,35 @@ def test_an_image_that_went_bad_after_indexing_is_skipped_and_named(folder):
     assert read_json(done.record)["samples_seen"] == 48 - len(skipped)
 
 
-def test_a_loss_that_is_not_finite_stops_with_rows_and_checkpoint(folder, monkeypatch):
+def test_validation_images_that_are_all_gone_do_not_end_the_run(folder):
+    from pipeline.data.manifest import read_manifest
+    from pipeline.training.tracking import read_metrics
+    from stages import index
+
+    index.run(load_config(folder / "pipe.yaml"))  # the copied manifest still points at the originals
+    manifest = read_manifest(folder / "workspace" / "manifest.parquet")
+    spoil(folder, manifest, [int(row) for row in manifest.rows("val")])
+    done = run(folder, **{"train.method": "clip"})
+    lines = read_metrics(done.metrics)
+    assert any("train/loss" in line for line in lines)
+    assert not any("val/loss" in line for line in lines)
+
+
+@pytest.mark.parametrize(("factor", "what"), [("nan", "loss is nan"), ("inf", "gradient's norm is (inf|nan)")])
+def test_what_is_not_finite_stops_with_rows_and_checkpoint(folder, monkeypatch, factor, what):
+    """A finite loss may have a gradient that is not: the checkpoint after it would hold nothing but nan."""
     from pipeline.losses.objective import Objective
 
     original = Objective.forward
 
     def broken(self, *, progress, **inputs):
         loss, logs = original(self, progress=progress, **inputs)
-        return (loss * float("nan") if progress > 0.6 else loss), logs
+        if progress > 0.6 and factor == "nan":
+            loss = loss * float("nan")
+        elif progress > 0.6 and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, logs
 
     monkeypatch.setattr(Objective, "forward", broken)
-    with pytest.raises(PipeError, match=r"the loss is nan at step 4, rows .*step-00000003"):
+    with pytest.raises(PipeError, match=rf"the {what} at step 4, rows .*step-00000003"):
         run(folder)

@@ -61,6 +61,16 @@ def test_a_terms_norm_is_that_of_all_its_gradients_together(case):
     assert all(parameter.grad is None for parameter in parameters)
 
 
+def test_a_validation_after_a_measured_step_keeps_nothing():
+    from tiny_model import objective
+
+    tested = objective(**CASES["order 3, all terms"])
+    forward(tested)
+    assert tested.terms
+    forward(tested.eval())
+    assert tested.terms == {}
+
+
 def test_a_scaler_of_fp16_is_undone():
     from tiny_model import objective
 

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.cache.reader import open_cache
 from pipeline.data.manifest import read_manifest
-from pipeline.data.samples import SampleReader
+from pipeline.data.samples import SampleError, SampleReader
 from pipeline.data.views import Preprocess, View
 from pipeline.errors import PipeError
 from pipeline.training.data import PairDataset, batches, permuted_rows
@@ -51,6 +51,21 @@ def test_captions_are_those_the_epoch_chooses_and_all_come_in_turn(tiny_stage_on
             assert caption == manifest.captions(row)[caption_choice(3, epoch, row, 2)]
             seen.setdefault(row, set()).add(caption)
     assert all(captions == set(manifest.captions(row)) for row, captions in seen.items())
+
+
+def test_a_batch_without_rows_has_the_shapes_of_any_other(tiny_stage_one, monkeypatch):
+    manifest = read_manifest(tiny_stage_one / "workspace" / "manifest.parquet")
+    dataset = PairDataset(SampleReader(manifest), PREPROCESS, spell)
+    whole = dataset[Step(0, 0, np.arange(2))]
+
+    def gone(self, row):
+        raise SampleError("gone")
+
+    monkeypatch.setattr(SampleReader, "read", gone)
+    none = dataset[Step(0, 0, np.arange(2))]
+    assert len(none.failed) == 2
+    assert none.images.shape == (0, *whole.images.shape[1:])
+    assert none.tokens.shape == (0, *whole.tokens.shape[1:])
 
 
 def test_targets_are_the_rows_own_or_the_permuted_ones(tiny_stage_one):

@@ -79,6 +79,15 @@ def test_the_objective_is_asked_at_full_weights_in_evaluation_mode_and_left_as_i
     assert found["i2t_r1"] == 0.0  # both batches hold the same vectors: every partner ties with a rival
 
 
+def test_a_batch_of_which_nothing_can_be_read_is_left_out() -> None:
+    objective = Recorder()
+    model = SimpleNamespace(encode_image=lambda x: unit(len(x), 4), encode_text=lambda x: unit(len(x), 4))
+    numbers = {4: 0, 5: 1}
+    for batches, expected in (([read([], 0.0), read([4, 5], 1.0)], 1.0), ([read([], 0.0)], None)):
+        found = validate(objective, model, batches, torch.device("cpu"), image_numbers=numbers)  # type: ignore[arg-type]
+        assert found.get("loss") == expected
+
+
 def test_every_process_reads_as_many_rows_of_every_batch() -> None:
     rows = np.arange(11)
     shares = [list(validation_steps(rows, batch_size=4, rank=r, world_size=2)) for r in range(2)]
