@@ -144,7 +144,11 @@ def _apply_named_files(chosen: dict[str, Any], explicit: dict[str, Any]) -> dict
     # A saved run's YAML holds what its method and fusion defined: that leaves with them.
     written = {kind: _get(chosen, key) for kind, key in (("methods", "train.method"), ("fusion", "model.fusion"))}
     if isinstance(written["methods"], str) and written["methods"] != method:
-        chosen = _without(chosen, shipped("methods", written["methods"]))
+        before = shipped("methods", written["methods"])
+        terms = {name for name in TERMS_OF_METHODS if name in before.get("loss", {})}  # another's, whatever their value
+        chosen = _without(chosen, before)
+        if isinstance(chosen.get("loss"), dict):
+            chosen["loss"] = {key: value for key, value in chosen["loss"].items() if key not in terms}
     elif written["methods"] == method:
         _say_overridden(of_yaml, method_file, explicit, f"method {method}")
     chosen = merge(chosen, method_file)

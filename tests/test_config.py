@@ -112,6 +112,12 @@ def test_what_a_method_defined_leaves_with_it(tmp_path):
         assert (other.train.order, other.model.fusion) == (3, "full")
 
 
+def test_a_methods_own_terms_leave_with_it_whatever_they_were_set_to(tmp_path):
+    saved = load_config(None, flags={"train.method": "cyclip"}, sets=["loss.cyclic_cross=0.5"])
+    path = write(tmp_path / "saved.yaml", saved.dump())
+    assert load_config(path, flags={"train.method": "slip"}).loss.cyclic_cross == 0
+
+
 def test_what_a_fusion_defined_leaves_with_it(tmp_path):
     saved = load_config(write(tmp_path / "a.yaml", {}), flags={"model.fusion": "no-distill"})
     assert load_config(write(tmp_path / "b.yaml", saved.dump()), flags={"model.fusion": "full"}).loss.gram == 1.0
