@@ -6,6 +6,8 @@ of which Qwen2-VL has more tokens for larger images, so that a batch needs paddi
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,24 @@ def randomise(model: Any, seed: int, scale: float) -> Any:
     return model.eval()
 
 
+def seeded(make: Callable[..., Path]) -> Callable[..., Path]:
+    """The library draws first weights from torch's global state: here from the seed, and the state stays as it was."""
+
+    @functools.wraps(make)
+    def made(folder: Path, seed: int | None = None) -> Path:
+        number = inspect.signature(make).parameters["seed"].default if seed is None else seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            return make(folder, number)
+
+    return made
+
+
 def _text(words: Any, **more: Any) -> dict[str, Any]:
     return {"vocab_size": len(words), "pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END, **more}
 
 
+@seeded
 def blip(folder: Path, seed: int = 4) -> Path:
     words = tokenizer(wraps=True)
     text = _text(words, **VISION, encoder_hidden_size=32, max_position_embeddings=64, sep_token_id=END)
@@ -67,6 +83,7 @@ def blip(folder: Path, seed: int = 4) -> Path:
     return folder
 
 
+@seeded
 def encoder_decoder(folder: Path, seed: int = 0) -> Path:
     words = tokenizer()
     decoder = hf.GPT2Config(**_text(words), n_embd=32, n_layer=2, n_head=2, n_positions=64)
@@ -84,6 +101,7 @@ def encoder_decoder(folder: Path, seed: int = 0) -> Path:
 LLAMA = {**VISION, "num_key_value_heads": 2, "max_position_embeddings": 256}
 
 
+@seeded
 def llava(folder: Path, seed: int = 0) -> Path:
     words = tokenizer(("<image>",))
     config = hf.LlavaConfig(
@@ -103,6 +121,7 @@ def llava(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+@seeded
 def qwen(folder: Path, seed: int = 0) -> Path:
     marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     words = tokenizer(marks)
