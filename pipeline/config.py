@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config_files import configs_folder, read_yaml, safe_yaml, shipped
 from pipeline.config_schema import Config, ModelConfig, TrainConfig
 from pipeline.console import log
 from pipeline.errors import PipeError
@@ -33,63 +34,6 @@ PATH_KEYS = (
     ("teacher", "checkpoint"),
     ("evaluate", "datasets"),
 )
-
-
-def configs_folder() -> Path:
-    """`pipeline/configs` in an installed wheel, `configs/` in a checkout."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def shipped(kind: str, name: str) -> dict[str, Any]:
-    """The mapping in configs/[kind/]name.yaml; an unknown name is refused with the nearest one.
-
-    Args:
-        kind: "" for presets, else "methods", "fusion" or "suites".
-    """
-    folder = configs_folder() / kind
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
-    label = {"": "preset", "methods": "method", "fusion": "fusion", "suites": "suite"}[kind]
-    if name not in known:
-        raise PipeError(f"there is no {label} {name!r}", fix=f"{_nearest(name, known)}choose one of {', '.join(known)}")
-    return read_yaml(folder / f"{name}.yaml")
-
-
-def _safe_yaml(text: str) -> Any:
-    """`yaml.safe_load`, refusing a key that comes twice in one mapping, of which YAML silently takes the last."""
-    nodes, met = [yaml.compose(text, yaml.SafeLoader)], set[int]()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in met:  # an alias, perhaps of what it stands in
-            continue
-        met.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            nodes += node.value
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
-                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-                nodes.append(value)
-    return yaml.safe_load(text)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; anything else is one clear line."""
-    try:
-        loaded = _safe_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PipeError("there is no such config file", where=path, fix="write one: pipe init --data SOURCE") from error
-    except IsADirectoryError as error:
-        raise PipeError("this is a folder, not a YAML file", where=path) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PipeError(f"not valid YAML ({' '.join(str(error).split())})", where=path) from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise PipeError("a config must be a mapping of keys to values", where=path)
-    return loaded
 
 
 def load_config(
@@ -141,14 +85,10 @@ def _apply_named_files(chosen: dict[str, Any], explicit: dict[str, Any]) -> dict
     if isinstance(chosen.get("model"), dict):  # a saved run's YAML lists its parts; the fusion asked for now decides
         chosen["model"].pop("parts", None)
     _refuse_contradiction(str(method), method_file, explicit)
-    # A saved run's YAML holds what its method and fusion defined: that leaves with them.
+    # A YAML's own method and fusion decide the keys that their files set; when others are asked for, those keys leave.
     written = {kind: _get(chosen, key) for kind, key in (("methods", "train.method"), ("fusion", "model.fusion"))}
     if isinstance(written["methods"], str) and written["methods"] != method:
-        before = shipped("methods", written["methods"])
-        terms = {name for name in TERMS_OF_METHODS if name in before.get("loss", {})}  # another's, whatever their value
-        chosen = _without(chosen, before)
-        if isinstance(chosen.get("loss"), dict):
-            chosen["loss"] = {key: value for key, value in chosen["loss"].items() if key not in terms}
+        chosen = _without(chosen, shipped("methods", written["methods"]))
     elif written["methods"] == method:
         _say_overridden(of_yaml, method_file, explicit, f"method {method}")
     chosen = merge(chosen, method_file)
@@ -180,13 +120,13 @@ def _say_overridden(
 
 
 def _without(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` less the keys that stand in `file` with the same value."""
+    """`values` less the keys that `file` sets."""
     out = {}
     for key, value in values.items():
         there = file.get(key)
         if isinstance(value, Mapping) and isinstance(there, Mapping):
             out[key] = _without(value, there)
-        elif key not in file or value != there:
+        elif key not in file:
             out[key] = value
     return out
 
@@ -256,11 +196,6 @@ def _nearest_key(key: str) -> str:
     return f" (nearest: {found[0]})" if found else ""
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {found[0]}? " if found else ""
-
-
 def merge(below: Mapping[str, Any], above: Mapping[str, Any], *, whole: bool = True) -> dict[str, Any]:
     """`above` laid over `below`; with `whole`, the keys in REPLACED_WHOLE are not mixed but replaced."""
     out = dict(below)
@@ -281,7 +216,7 @@ def parse_set(item: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise PipeError(f"--set takes key.path=value, not {item!r}", fix="for example --set train.lr=3e-4")
     try:
-        return key.strip(), _safe_yaml(value)
+        return key.strip(), safe_yaml(value)
     except yaml.YAMLError as error:
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise PipeError(f"the value of --set {key} is not valid YAML ({reason})", where=value) from error

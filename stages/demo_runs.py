@@ -138,7 +138,7 @@ def seconds_per_step(config: Config, run: PlannedRun) -> float:
     from pipeline.data.views import Preprocess, View
     from pipeline.training.data import PairDataset
     from pipeline.training.sampler import BatchPlan
-    from stages import train_setup
+    from stages import train_data, train_setup
 
     path = config.workspace / "pipe.yaml"
     options = dict(zip(run.options[::2], run.options[1::2], strict=True))
@@ -147,7 +147,7 @@ def seconds_per_step(config: Config, run: PlannedRun) -> float:
         "train.order": int(options["--order"]) if "--order" in options else None,
     }
     own = load_config(path, flags=flags)
-    data = train_setup.open_data(Workspace(own.workspace), own)
+    data = train_data.open_data(Workspace(own.workspace), own)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = train_setup.build_objective(own, data.cache).to(device)
     trunk = objective.model.trunk

@@ -12,7 +12,8 @@ from pipeline.config import Config
 from pipeline.config import validate as validate_config
 from pipeline.console import log
 from pipeline.run_folder import Workspace, code_version, sha256_file
-from stages.train_setup import Data, Session, open_data, prepare, write_record
+from stages.train_data import Data, open_data
+from stages.train_setup import Session, prepare, write_record
 
 
 def run(config: Config, *, name: str | None, resume: bool) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def write_tiny_config(folder: Path, **changes: Any) -> Path:
     path = folder / "pipe.yaml"
     path.write_text(yaml.safe_dump(TINY_CONFIG | changes))
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads would only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

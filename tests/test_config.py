@@ -112,6 +112,15 @@ def test_what_a_method_defined_leaves_with_it(tmp_path):
         assert (other.train.order, other.model.fusion) == (3, "full")
 
 
+def test_a_value_that_its_own_method_would_have_replaced_does_not_come_back_with_another(tmp_path):
+    path = write(
+        tmp_path / "a.yaml", {"train": {"method": "rankclip", "order": 2}, "loss": {"cross": 0.3, "gram": 0.4}}
+    )
+    own, other = load_config(path), load_config(path, flags={"train.method": "dinorankclip"})
+    assert (own.train.order, own.loss.cross, own.loss.gram) == (1, 0.0625, 0.4)
+    assert (other.train.order, other.loss.cross, other.loss.gram) == (3, 1.0, 0.4)
+
+
 def test_a_methods_own_terms_leave_with_it_whatever_they_were_set_to(tmp_path):
     saved = load_config(None, flags={"train.method": "cyclip"}, sets=["loss.cyclic_cross=0.5"])
     path = write(tmp_path / "saved.yaml", saved.dump())

@@ -17,7 +17,8 @@ from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.run_folder import sha256_file
 from pipeline.teacher.huggingface_folder import CONFIG, WEIGHTS
-from pipeline.teacher.huggingface_load import first_keys, model_type, quiet, refuse_misfits, short
+from pipeline.teacher.huggingface_load import model_type, quiet, refuse_misfits, short
+from pipeline.teacher.weights import first_keys
 
 TEXT_FILES = (  # of tokenizer and processor
     "*preprocessor_config.json",  # of images, of videos
@@ -65,6 +66,7 @@ def config_of(folder: Path) -> tuple[Any, str]:
 
 
 def refuse_no_weights(folder: Path) -> None:
+    """PipeError where the folder has no safetensors, told apart from pickled weights."""
     if not any(folder.glob(WEIGHTS[0])):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         why = " (pickled weights are not opened: they can run any program)" if pickled else ""

@@ -21,8 +21,6 @@ Legend: B own rows, N candidates, b rows of a chunk, D width, T head positions, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +30,7 @@ from torch import Tensor
 from pipeline.losses.head_kernel import Head, head_kernel
 from pipeline.losses.pairs import Pairs
 from pipeline.losses.plackett_luce import Positions, position_weights, worst_first
+from pipeline.losses.precision import full_precision
 from pipeline.losses.products import GROUPS, OTHER, Chunked, Family, Products, WholeCross, WholeInModal, fits_whole
 from pipeline.losses.ranking import Ranked, first_order
 from pipeline.losses.transitions import Tables, position_queries
@@ -95,7 +94,7 @@ def list_loss(
     """
     weights = {group: weight for group, weight in weights.items() if _candidates(pairs, settings, group) > 0}
     state = _State(pairs, settings, tables, cells or CELLS.get(pairs.image_rows.device.type, 1 << 22))
-    with torch.no_grad(), _full_precision(), torch.autocast(pairs.image_rows.device.type, enabled=False):
+    with torch.no_grad(), full_precision(), torch.autocast(pairs.image_rows.device.type, enabled=False):
         terms, value = _sum_chunks(state, weights)
     if state.gradients is None:
         return ListLoss(value, terms)
@@ -304,22 +303,3 @@ class _Attach(torch.autograd.Function):
         pairs = zip(ctx.gradients, wanted, strict=True)
         scaled = (scale * g if needed and g is not None else None for g, needed in pairs)
         return (None, None, *scaled)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the rest of training chose (TF32), for all backends at once or for one."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    each = [backend.fp32_precision for backend in backends]
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was chosen by backend, and there is no one answer
-        before = None
-    torch.set_float32_matmul_precision("highest")  # all backends
-    try:
-        yield
-    finally:
-        if before is not None:
-            torch.set_float32_matmul_precision(before)
-        for backend, precision in zip(backends, each, strict=True):
-            backend.fp32_precision = precision

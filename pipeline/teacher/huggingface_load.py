@@ -12,9 +12,7 @@ from typing import Any
 from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.teacher.huggingface_folder import CONFIG, PREFIX, is_path
-from pipeline.teacher.weights import WeightsUnavailable
-
-LISTED = 3  # keys an error names
+from pipeline.teacher.weights import WeightsUnavailable, misfits
 
 
 def download(name: str, wanted: Sequence[str], where: str) -> Path:
@@ -67,19 +65,12 @@ def refuse_misfits(folder: Path, network: str, info: Mapping[str, Any]) -> None:
         "unexpected": info["unexpected_keys"],
         "of another shape": info["mismatched_keys"],
     }
-    if any(differences.values()):
-        listed = "; ".join(f"{len(keys)} {kind}: {first_keys(keys)}" for kind, keys in differences.items() if keys)
+    if listed := misfits(differences):
         raise PipeError(
             f"the weights do not fit {network} ({listed})",
             where=folder,
             fix="use the config.json that belongs to these weights",
         )
-
-
-def first_keys(keys: Any) -> str:
-    """`a, b, c, ...`: the first few of some keys, sorted."""
-    names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
-    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
 def short(error: Exception) -> str:

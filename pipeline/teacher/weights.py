@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
         "unexpected": [key for key in state if key not in own],
         "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
     }
-    if any(differences.values()):
-        listed = "; ".join(f"{len(keys)} {kind}: {_first(keys)}" for kind, keys in differences.items() if keys)
+    if listed := misfits(differences):
         raise PipeError(
             f"the checkpoint's weights do not fit the teacher ({listed})",
             where=path,
@@ -142,8 +141,15 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def _first(keys: list[str]) -> str:
-    return ", ".join(keys[:LISTED]) + (", ..." if len(keys) > LISTED else "")
+def misfits(differences: Mapping[str, Collection[Any]]) -> str:
+    """`2 missing: a, b; 1 unexpected: c` of kind → keys; nothing where there are none."""
+    return "; ".join(f"{len(keys)} {kind}: {first_keys(keys)}" for kind, keys in differences.items() if keys)
+
+
+def first_keys(keys: Collection[Any]) -> str:
+    """`a, b, c, ...`: the first few of some keys, sorted; of a tuple (a library's report) its first entry."""
+    names = sorted(key if isinstance(key, str) else str(key[0]) for key in keys)
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.console import Progress, log, progress
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder
+from pipeline.signals import stop_on_signals
 from pipeline.training.checkpoint import State, checkpoints, save_checkpoint
 from pipeline.training.data import Batch
 from pipeline.training.gradients import part_norms, term_norms
@@ -73,7 +72,8 @@ class Training:
         """
         total, shown = self.settings.total_steps, self.accelerator.is_main_process
         log_to = Tracker(self.folder if shown else None, wandb=self.wandb, config=self.config, first=self.step == 0)
-        with log_to as tracker, _signals() as stop, _bar(total * self.settings.batch_size, self.samples, shown) as bar:
+        pairs = total * self.settings.batch_size
+        with log_to as tracker, stop_on_signals() as stop, _bar(pairs, self.samples, shown) as bar:
             clock = _Clock(self.seconds)
             while self.step < total:
                 batch = next(batches)
@@ -223,21 +223,3 @@ def _bar(total: int, done: int, shown: bool) -> Iterator[Progress]:
         return
     with progress("training", total=total - done, unit="pairs") as bar:
         yield bar
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT is Python's own."""
-    asked = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        log.warning("stopping after this step (signal %d)", number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -20,7 +20,7 @@ from pipeline.data.manifest import read_manifest, write_manifest
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import Workspace
 from stages import cache as stage
-from stages import cli, extract_teacher, train_setup
+from stages import cli, extract_teacher, train_data
 
 ROWS, SHARD_ROWS = 48, 8
 
@@ -242,7 +242,7 @@ def test_training_reads_a_copy_with_rows_cached(cached: Path, tmp_path: Path) ->
     shutil.rmtree(cached)
     (tmp_path / "copy.zarr").rename(cached)
     config = load_config(tmp_path / "pipe.yaml", sets=["data.rows=cached"])
-    data = train_setup.open_data(Workspace(cached.parent), config)
+    data = train_data.open_data(Workspace(cached.parent), config)
     usable = read_manifest(Workspace(cached.parent).manifest).rows("train")
     assert data.train_rows.tolist() == [row for row in usable if row < 20]
 

@@ -22,7 +22,7 @@ from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace
 from stages import cache as cache_stage
 from stages import caption as stage
-from stages.train_setup import open_data
+from stages.train_data import open_data
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from pipeline.config import load_config
 from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace, read_json
 from pipeline.training.tracking import read_metrics
-from stages import train, train_setup
+from stages import train, train_data, train_setup
 from stages.train import default_name
 
 FUSIONS = ["full", "no-pyramid", "no-attention", "no-refiner", "image-only", "no-gate", "no-distill", "shuffled-cache"]
@@ -99,12 +99,12 @@ def test_a_compressed_copy_elsewhere_trains_the_same(folder, tmp_path):
 
 def test_the_plan_is_the_configurations(folder):
     config = load_config(folder / "pipe.yaml", sets=["data.shuffle=shards", "data.shuffle_buffer=3"])
-    data = train_setup.open_data(Workspace(config.workspace), config)
+    data = train_data.open_data(Workspace(config.workspace), config)
     plan = train_setup._plan(config, data, 7)
     assert (plan.shuffle, plan.buffer_shards, plan.shard_rows) == ("shards", 3, data.cache.shard_rows)
     assert (plan.total_steps, plan.seed) == (7, config.train.seed)
     config = load_config(folder / "pipe.yaml", sets=["data.shuffle=shards", "model.fusion=none", "train.order=1"])
-    without = train_setup.open_data(Workspace(config.workspace), config)
+    without = train_data.open_data(Workspace(config.workspace), config)
     assert without.cache is None
     assert train_setup._plan(config, without, 7).shard_rows == 512
 

@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace, read_json
-from stages import train_setup
+from stages import train_data
 
 OTHER_LAYER = "teacher.scales=[{name: fine, layer: 0, grid: 4}, {name: mid, layer: 1, grid: 2}]"
 
@@ -67,12 +67,12 @@ def test_the_teachers_weights_are_compared_where_their_file_is_at_hand(folder, t
     (tmp_path / "other.safetensors").write_bytes(b"other weights")
     asked = load_config(folder / "pipe.yaml", sets=["teacher.random_weights=false"])
     asked.teacher.checkpoint = tmp_path / "other.safetensors"
-    found = train_setup.asked_teacher(asked, 4)["weights"]
+    found = train_data.asked_teacher(asked, 4)["weights"]
     assert found == {"origin": "checkpoint", "file_sha256": hashlib.sha256(b"other weights").hexdigest()}
     said: list[str] = []
-    monkeypatch.setattr(train_setup.log, "info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(train_data.log, "info", lambda text, *values: said.append(text % values))
     asked.teacher.checkpoint = tmp_path / "absent.safetensors"
-    assert train_setup.asked_teacher(asked, 4)["weights"] == {"origin": "checkpoint"}
+    assert train_data.asked_teacher(asked, 4)["weights"] == {"origin": "checkpoint"}
     assert "not on this machine" in said[0]
 
 

@@ -21,7 +21,7 @@ from tiny_config import TINY_CONFIG
 from pipeline.cache.reader import Cache, open_cache
 from pipeline.config import load_config
 from pipeline.errors import PipeError
-from stages import extract_teacher, index, train, train_setup
+from stages import extract_teacher, index, train, train_data
 
 SIZES = {"patch_size": 8, "hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2}
 TIMM = {
@@ -99,7 +99,7 @@ def test_training_compares_the_folder_where_it_is_at_hand_and_the_name_where_it_
     weights = load_file(pair / "model" / "model.safetensors")
     (pair / "model").rename(pair / "model-away")
     run(name="not-at-hand")
-    assert train_setup.asked_teacher(load_config(path), 3)["weights"] == {"origin": "pretrained"}
+    assert train_data.asked_teacher(load_config(path), 3)["weights"] == {"origin": "pretrained"}
     with pytest.raises(PipeError, match=r"does not match: teacher\.name"):
         run("teacher.name=hf:someone/model", name="another-name")
     with pytest.raises(PipeError, match=r"does not match: teacher\.weights\.origin"):
