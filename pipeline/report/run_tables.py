@@ -12,6 +12,7 @@ from pipeline.report.table import Cell, Column, Number, Row, Table
 TERMS = ("gram/", "rkd/", "global/")  # logged as ratios to a predictor that ignores the image
 TOTAL = "total"
 
+_SIMCLR = (Column("SimCLR head", "count", "parameters"), "simclr_parameters")
 _TRAINING: tuple[tuple[Column, str], ...] = (
     (Column("transitions", "count", "parameters"), "transition_parameters"),
     (Column("samples", "whole", "training"), "samples_seen"),
@@ -56,18 +57,21 @@ def compute(groups: Sequence[Group], runs: dict[str, Run]) -> Table | None:
 
     parts = sorted({part for run in runs.values() for part in parameters(run) if part != TOTAL}, key=_part_order)
     asked = [(Column(part.replace("_", " "), "count", "parameters"), part) for part in (*parts, TOTAL)]
+    with_head = any(run.record.get(_SIMCLR[1]) for run in runs.values())
+    training = (*([_SIMCLR] if with_head else []), *_TRAINING)
     rows = []
     for group in groups:
         members = [runs[name] for name in group.runs]
         cells = [_over_seeds([parameters(run).get(part) for run in members]) for _, part in asked]
-        cells += [_over_seeds([run.record.get(key) for run in members]) for _, key in _TRAINING]
+        cells += [_over_seeds([run.record.get(key) for run in members]) for _, key in training]
         if any(cell is not None for cell in cells):
             rows.append(Row((group.label, *cells)))
     caption = (
-        "Parameters of the saved model by part; transitions are the ranking loss's own, used in training only. Time is "
-        "training alone, without validation; it depends on what else the machine did."
+        "Parameters of the saved model by part; transitions are the ranking loss's own, used in training only"
+        + (", and so is SLIP's SimCLR head" if with_head else "")
+        + ". Time is training alone, without validation; it depends on what else the machine did."
     )
-    columns = (Column("run"), *(column for column, _ in (*asked, *_TRAINING)))
+    columns = (Column("run"), *(column for column, _ in (*asked, *training)))
     return Table("compute", "Compute", caption, columns, tuple(rows))
 
 

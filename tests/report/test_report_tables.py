@@ -167,6 +167,18 @@ def test_compute_adds_parameters_up_where_the_record_does_not(records: list[Reco
     assert cell(table, "clip", "training samples/s").value == 51.2
 
 
+def test_slips_head_is_counted_where_a_run_has_one(records: list[Record], folders: list[RunFolder]) -> None:
+    runs = [Run.read(folder) for folder in folders]
+    without = named(tables(records, runs), "compute")
+    assert "SimCLR" not in without.caption
+    assert not any(column.name == "SimCLR head" for column in without.columns)
+    for run in runs:
+        run.record["simclr_parameters"] = 77 if run.name.startswith("clip") else 0
+    table = named(tables(records, runs), "compute")
+    assert cell(table, "clip", "parameters SimCLR head").value == 77
+    assert "SimCLR head" in table.caption
+
+
 def test_a_cut_last_line_of_metrics_is_left_out(folder: Callable[..., RunFolder]) -> None:
     run = folder("clip")
     with run.metrics.open("a") as file:
