@@ -56,9 +56,9 @@ class LossWeights:
 
 
 def ramp(progress: float, share: float, shape: Literal["cosine", "linear"]) -> float:
-    """From 0 to 1 over the first `share` ρ of training, progress t in [0, 1]:
+    """From 0 to 1 over the first `share` η of training, progress t in [0, 1]:
 
-    cosine ½ (1 − cos(π min(t/ρ, 1))),  linear min(t/ρ, 1);  1 throughout where ρ = 0.
+    cosine ½ (1 − cos(π min(t/η, 1))),  linear min(t/η, 1);  1 throughout where η = 0.
     """
     done = min(progress / share, 1.0) if share > 0 else 1.0
     return done if shape == "linear" else 0.5 * (1.0 - math.cos(math.pi * done))
