@@ -18,8 +18,9 @@ $(READY): pyproject.toml requirements.lock
 demo: $(READY)
 	$(BIN)/pipe demo
 
+# A process a core, each with one thread: tests of one file stay together and share what they prepare.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -192,6 +192,7 @@ class TrainConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Weight = 0.1
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8  # AdamW's ε
     grad_clip: Weight = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 1500
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"

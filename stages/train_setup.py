@@ -38,7 +38,7 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
     set_seed(config.train.seed)
     objective = build_objective(config, data.cache)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas)
+    optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     datasets = _datasets(config, data, objective.model)
     steps_per_epoch = len(data.train_rows) // config.train.batch_size
     total = config.train.max_steps or config.train.epochs * steps_per_epoch
