@@ -32,6 +32,7 @@ PATH_KEYS = (
     ("data", "val_source"),
     ("data", "cache"),
     ("teacher", "checkpoint"),
+    ("model", "init"),
     ("evaluate", "datasets"),
 )
 

@@ -176,10 +176,21 @@ class GateConfig(Section):
 class ModelConfig(Section):
     trunk: str | dict[str, Any] = "RN50"
     image_size: Positive = 224
+    init: Path | None = None  # a run's folder, an exported model, or an open_clip checkpoint to start from
+    freeze_trunk: bool = False  # only what is added to the trunk learns
     student: StudentConfig = StudentConfig()
     fusion: str = "full"
     parts: PartsConfig = PartsConfig()
     gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> ModelConfig:
+        if self.freeze_trunk and not self.parts.student:
+            raise ValueError(
+                f"freeze_trunk with fusion {self.fusion} leaves nothing that could learn: choose another fusion, or "
+                "freeze_trunk: false"
+            )
+        return self
 
 
 class TrainConfig(Section):

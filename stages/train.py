@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.config import validate as validate_config
 from pipeline.console import log
 from pipeline.run_folder import Workspace, code_version, sha256_file
+from stages import train_init
 from stages.train_data import Data, open_data
 from stages.train_setup import Session, prepare, write_record
 
@@ -40,9 +41,10 @@ def run(config: Config, *, name: str | None, resume: bool) -> None:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
     data = open_data(workspace, config)
+    data.init = train_init.origin(config, checkpoint)
     if checkpoint is not None:
         resuming.refuse_other_data(checkpoint, data.identity(), folder)
-    session = prepare(config, data, folder)
+    session = prepare(config, data, folder, fresh=checkpoint is None)
     if checkpoint is not None:
         resuming.restore(session.training, checkpoint)
     _train(session, config, data)
@@ -133,6 +135,7 @@ def _finish(session: Session, config: Config, data: Data) -> None:
             "machine": machine.describe(),
             "cache": data.cache.digest if data.cache is not None else None,
             "dataset_sha256": data.manifest.fingerprint(),
+            "init": data.init,
             "data": data.identity(),
             "code_version": code_version(),
             "checkpoint_sha256": sha256_file(folder.weights),

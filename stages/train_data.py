@@ -30,17 +30,21 @@ class Data:
     train_rows: np.ndarray
     val_rows: np.ndarray
     captions: SyntheticCaptions | None = None  # where the loss reads a second caption that is synthetic
+    init: dict[str, str] | None = None  # path and sha256 of the weights it starts from, where it does
 
     def identity(self) -> dict[str, Any]:
         """What decides, with the configuration, every batch and target; goes into checkpoints and the record."""
-        return {
+        found = {
             "rows": len(self.manifest),
             "manifest_fingerprint": self.manifest.fingerprint(),
             "split_sha256": self.manifest.split_sha256(),
             "train_rows": len(self.train_rows),
             "train_rows_sha256": hashlib.sha256(self.train_rows.astype("<i8").tobytes()).hexdigest(),
             "cache": None if self.cache is None else self.cache.digest,
-        } | ({} if self.captions is None else {"captions": sha256_file(self.captions.path)})
+        }
+        if self.captions is not None:
+            found["captions"] = sha256_file(self.captions.path)
+        return found if self.init is None else found | {"init_sha256": self.init["sha256"]}
 
 
 def open_data(workspace: Workspace, config: Config) -> Data:

@@ -9,6 +9,7 @@ from pipeline.cache.reader import Cache
 from pipeline.config import Config
 from pipeline.console import log
 from pipeline.run_folder import RunFolder, code_version, sha256_file, write_bytes, write_json
+from stages import train_init
 from stages.train_data import Data
 
 
@@ -22,8 +23,12 @@ class Session:
     workers: int
 
 
-def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
-    """Build everything, and only when all of it fits begin the run's folder."""
+def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True) -> Session:
+    """Build everything, and only when all of it fits begin the run's folder.
+
+    Args:
+        fresh: the run starts now, from `model.init` where there is one; else a checkpoint is to be restored.
+    """
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -37,6 +42,8 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
     )
     set_seed(config.train.seed)
     objective = build_objective(config, data.cache)
+    if fresh:
+        train_init.fill(objective.model, config, shown=accelerator.is_main_process)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     datasets = _datasets(config, data, objective.model)
@@ -46,7 +53,7 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
     if accelerator.is_main_process:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_bytes(folder.config, config.to_yaml().encode())
-        write_record(folder, config, {"finished": False, "code_version": code_version()})
+        write_record(folder, config, {"finished": False, "init": data.init, "code_version": code_version()})
     accelerator.wait_for_everyone()
     wrapped, prepared = accelerator.prepare(objective, optimizer)
     settings, about = _settings(config, plan), data.identity()
@@ -93,6 +100,8 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
         }
         targets = TargetInfo.from_cache(cache)
     model = DinoRankCLIP(**arguments)
+    if model_config.freeze_trunk:
+        model.trunk.freeze()
     if has_student and cache is not None:
         means = {name: torch.from_numpy(value) for name, value in cache.baselines.items()}
         grams = {scale.name: means[f"{scale.name}_gram_mean"] for scale in cache.scales}

@@ -56,6 +56,21 @@ def run_case(method: str, rows: slice) -> dict[str, Any]:
     }
 
 
+def run_validation(rows: slice) -> dict[str, float]:
+    """What validation finds of `rows` of two batches, of a model that injects."""
+    from tiny_model import batch, objective
+
+    from pipeline.training.data import Batch
+    from pipeline.training.validation import validate
+
+    tested, batches = objective(order=1), []
+    for seed in (0, 1):
+        images, tokens, stored = batch(PAIRS, seed=seed)
+        numbers = torch.arange(PAIRS * seed, PAIRS * (seed + 1))
+        batches.append(Batch(0, 0, numbers[rows], images[rows], tokens[rows], {k: v[rows] for k, v in stored.items()}))
+    return validate(tested, tested.model, batches, torch.device("cpu"), image_numbers={n: n for n in range(2 * PAIRS)})
+
+
 def as_one_of(number: int, world: int) -> dict[str, Any]:
     """This process's part; see gloo_processes."""
     found: dict[str, Any] = {"place": (rank(), world_size()), "sizes": all_gather_sizes(3 + number)}
@@ -69,6 +84,7 @@ def as_one_of(number: int, world: int) -> dict[str, Any]:
         first = sum(split[:number])
         for method in METHODS:
             found[f"{method} {split}"] = run_case(method, slice(first, first + split[number]))
+        found[f"validation {split}"] = run_validation(slice(first, first + split[number]))
     barrier()
     return found
 
@@ -141,3 +157,15 @@ def test_transition_heads_of_every_order_learn(alone: dict[str, dict[str, Any]])
         heads = {name: g for name, g in gradients.items() if name.startswith("transitions.")}
         assert len(heads) == 2 * (1 + (order - 1) + 3 * (order - 2) + 1)
         assert min(float(g.abs().max()) for g in heads.values()) > 1e-9
+
+
+def test_validation_of_several_processes_equals_that_of_one(worlds: dict[int, list[dict[str, Any]]]) -> None:
+    whole = run_validation(slice(None))
+    for world, splits in SPLITS.items():
+        for process in worlds[world]:
+            for split in splits:
+                found = process[f"validation {split}"]
+                assert found.keys() == whole.keys()
+                for name in ("drift/slope", "drift/change", "drift/remainder", "i2t_r1", "t2i_r1_trunk", "info_nce"):
+                    assert found[name] == pytest.approx(whole[name], rel=1e-9, abs=1e-11), name
+                assert found["drift/finite_difference"] == pytest.approx(whole["drift/finite_difference"], rel=1e-7)

@@ -49,7 +49,8 @@ def info_nce_gradients(pairs: Pairs) -> tuple[Tensor, Tensor]:
     of_images = s * z @ t_all.T  # (B, N): own images over all texts
     of_texts = s * t @ z_all.T  # (B, N): own texts over all images
     own = torch.stack([of_images.logsumexp(1), of_texts.logsumexp(1)], 1)
-    of_all = gather_with_grad(own, pairs.sizes)  # (N, 2): every image's and every text's log-denominator
+    # (N, 2): every image's and every text's log-denominator; `Pairs.alone` has them all, whoever else there is
+    of_all = own if len(pairs.sizes) == 1 else gather_with_grad(own, pairs.sizes)
     toward_texts = (of_images - own[:, :1]).exp() + (of_images - of_all[:, 1]).exp()
     toward_images = (of_texts - own[:, 1:]).exp() + (of_texts - of_all[:, 0]).exp()
     factor = s / (2 * len(z_all))

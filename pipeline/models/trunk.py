@@ -35,6 +35,7 @@ class Trunk(nn.Module):
         clip: the open_clip module; it trains, saves and exports as such.
         embed_dim: D. text_width: W. context_length: L. mean, std: of the pixels it takes (OpenAI's).
         tokenizer: list of texts → (n, L) int64, padded with zeros; the vocabulary comes with open_clip.
+        frozen: whether `freeze` was called; a state of training, which no file keeps.
     """
 
     def __init__(self, clip: nn.Module, *, embed_dim: int, image_size: int) -> None:
@@ -47,6 +48,21 @@ class Trunk(nn.Module):
         self.mean: tuple[float, float, float] = OPENAI_DATASET_MEAN
         self.std: tuple[float, float, float] = OPENAI_DATASET_STD
         self.tokenizer = SimpleTokenizer(context_length=self.context_length)
+        self.frozen = False
+
+    def freeze(self) -> None:
+        """From now on no parameter learns, the logit scale included, and batch norms stay as they are.
+
+        The logit scale goes with the trunk (our reading): InfoNCE is measured in its unit, and "without disturbing an
+        alignment already learned" would mean little if the unit moved. No graph is built, as nothing in it learns.
+        """
+        self.frozen = True
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Trunk:
+        """A frozen trunk stays in eval mode, whatever the module around it does."""
+        return super().train(mode and not self.frozen)
 
     @property
     def _text_tower(self) -> Any:

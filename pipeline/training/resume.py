@@ -79,7 +79,7 @@ def refuse_other_data(checkpoint: Path, now: dict[str, Any], folder: RunFolder) 
         raise PipeError(
             f"the data is not what the run began with: {key} is {_short(after)} now and was {_short(before)}",
             where=folder.path,
-            fix="put manifest and teacher cache back, or choose another --name",
+            fix="put manifest, teacher cache and model.init back, or choose another --name",
         )
 
 

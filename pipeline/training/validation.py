@@ -1,17 +1,27 @@
-"""The objective and a small retrieval on validation rows, without touching the training state."""
+"""The objective, a small retrieval and the injection's drift on validation rows, without touching the training state.
+
+Legend: B pairs of a batch, n of all batches and processes, D joint width.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import all_gather_sizes, gather_with_grad
+from pipeline.losses.gate import drift
+from pipeline.losses.plackett_luce import at_least_float32
 from pipeline.training.data import Batch
 from pipeline.training.sampler import Step
+
+if TYPE_CHECKING:
+    from pipeline.models.dinorankclip import Forward
 
 
 def validation_steps(rows: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Step]:
@@ -36,17 +46,17 @@ def validate(
     *,
     image_numbers: Mapping[int, int],
 ) -> dict[str, float]:
-    """Means of the objective's logs over the batches, and recall at 1 among all rows that all processes read.
+    """Means of the objective's logs over the batches; recall at 1 and drift among all rows that all processes read.
 
     Args:
         objective: the (wrapped) training objective.
-        model: the dual encoder in it; encode_image, encode_text.
+        model: the dual encoder in it; images, tokens → `Forward`.
         image_numbers: of each row; see `number_images`.
     """
     was_training = objective.training
     objective.eval()
     sums: dict[str, list[float]] = defaultdict(list)
-    features, numbers = [], []
+    vectors, numbers, out = [], [], None
     try:
         for batch in batches:
             if not any(all_gather_sizes(len(batch.rows), device)):
@@ -56,15 +66,42 @@ def validate(
             _, logs = objective(**batch.inputs, progress=1.0)
             for key, value in logs.items():
                 sums[key].append(float(value))
-            pair = [model.encode_image(batch.images), model.encode_text(batch.tokens)]  # type: ignore[operator]
-            features.append(torch.stack([x.float() for x in pair], 1))
+            out = model(batch.images, batch.tokens)
+            vectors.append(_vectors(out))
     finally:
         objective.train(was_training)
     means = {key: float(np.mean(values)) for key, values in sums.items()}
-    if features:
-        images, texts = gather_with_grad(torch.cat(features)).unbind(1)
-        means |= recall_at_1(images, texts, gather_with_grad(torch.cat(numbers)))
+    if out is not None:
+        means |= _retrieved(out, gather_with_grad(torch.cat(vectors)), gather_with_grad(torch.cat(numbers)))
     return means
+
+
+def _vectors(out: Forward) -> Tensor:
+    """v, w, and where something is injected z, t and the tangents Δ⊥ of both sides (0 on a side without): (B, 2 or 6,
+    D)."""
+    kept = [out.v, out.w]
+    if out.image is not None or out.text is not None:
+        sides = ((out.image, out.z), (out.text, out.t))
+        kept += [out.z, out.t, *(torch.zeros_like(base) if side is None else side.tangent for side, base in sides)]
+    return torch.stack([at_least_float32(x) for x in kept], 1)
+
+
+def _retrieved(out: Forward, vectors: Tensor, numbers: Tensor) -> dict[str, float]:
+    """Recall of the output, and where something is injected that of the trunk (γ = 0) beside it, and the drift.
+
+    Args:
+        out: of any batch, for γ and s, which all share.
+        vectors: (n, 2 or 6, D), as `_vectors` has them. numbers: (n,).
+    """
+    images, texts, *injection = vectors.unbind(1)
+    found = recall_at_1(images, texts, numbers)
+    if injection:
+        z, t, of_image, of_text = injection
+        found |= {f"{key}_trunk": value for key, value in recall_at_1(z, t, numbers).items()}
+        of_sides = [0.0 if side is None else float(side.gamma) for side in (out.image, out.text)]
+        moved = drift(z, t, of_image, of_text, of_sides[0], of_sides[1], float(out.logit_scale))
+        found |= {f"drift/{key}": value for key, value in asdict(moved).items()}
+    return found
 
 
 def number_images(rows: np.ndarray, hashes: Sequence[str]) -> dict[int, int]:
