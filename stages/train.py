@@ -11,7 +11,7 @@ import sys
 from pipeline.config import Config
 from pipeline.config import validate as validate_config
 from pipeline.console import log
-from pipeline.run_folder import Workspace, code_version, sha256_file
+from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file
 from stages.train_data import Data, open_data
 from stages.train_setup import Session, prepare, write_record
 
@@ -20,35 +20,41 @@ def run(config: Config, *, name: str | None, resume: bool) -> None:
     """Train one run to its end.
 
     Raises:
-        PipeError: the manifest or cache is missing or does not match, the run exists, or the loss is not finite.
+        PipeError: the manifest or cache is missing or does not match, the run exists or is being trained, or something
+            went wrong on the way (the last good checkpoint is named).
         Stopped: a signal arrived; the state is saved.
     """
-    from pipeline.training import machine
-    from pipeline.training import resume as resuming
+    from pipeline.training import lock, machine
     from pipeline.training.tracking import refuse_without_wandb
 
     if machine.several_gpus_alone():
         machine.launch_on_all_gpus("stages.cli", sys.argv[1:])
         return
-    workspace = Workspace(config.workspace)
-    folder = workspace.run(name or default_name(config))
+    folder = Workspace(config.workspace).run(name or default_name(config))
     refuse_without_wandb(config.train.wandb)
-    checkpoint = resuming.checkpoint_to_resume(
+    with lock.holding(folder, main=machine.is_main()):
+        _run(config, folder, resume=resume)
+
+
+def _run(config: Config, folder: RunFolder, *, resume: bool) -> None:
+    from pipeline.training import resume as resuming
+
+    found = resuming.checkpoint_to_resume(
         folder, config.dump(), resume=resume, completed=lambda then: validate_config(then).dump()
     )
     if resume and folder.finished:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
-    data = open_data(workspace, config)
-    if checkpoint is not None:
-        resuming.refuse_other_data(checkpoint, data.identity(), folder)
+    data = open_data(Workspace(config.workspace), config)
+    if found is not None:
+        resuming.refuse_other_data(found, data.identity(), folder)
     session = prepare(config, data, folder)
-    if checkpoint is not None:
-        resuming.restore(session.training, checkpoint)
-    _train(session, config, data)
-    if session.training.accelerator.is_main_process:
-        _finish(session, config, data)
-    session.training.accelerator.wait_for_everyone()
+    with session.training.ending_together():
+        resuming.begin(session.training, found)
+        _train(session, config, data)
+        if session.training.accelerator.is_main_process:
+            _finish(session, config, data)
+        session.training.accelerator.wait_for_everyone()
     session.training.accelerator.end_training()
 
 
@@ -119,6 +125,7 @@ def _finish(session: Session, config: Config, data: Data) -> None:
             "finished": True,
             "steps": training.step,
             "samples_seen": training.samples,
+            "skipped": training.skipped.summary(),
             "seconds": round(training.seconds, 3),
             "samples_per_second": round(training.samples / max(training.seconds, 1e-9), 2),
             "parameters": model.parameter_counts(),

@@ -16,6 +16,11 @@ from pipeline.console import log
 from pipeline.errors import PipeError, Stopped
 
 
+def is_main() -> bool:
+    """Whether this is the process that writes, as launchers say it; known before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def several_gpus_alone() -> bool:
     """Whether several GPUs are visible and no launcher has shared them out."""
     return torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
