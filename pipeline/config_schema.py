@@ -206,6 +206,7 @@ class TrainConfig(Section):
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
     validate_every: Positive | None = 500
+    zero_shot: Source | None = None  # an entry of evaluate.suite, measured with every validation; selects nothing
     log_every: Positive = 10
     term_gradients_every: Positive | None = (
         500  # steps between measurements of every term's gradient; one backward each

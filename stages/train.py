@@ -7,6 +7,7 @@ The teacher itself is neither loaded nor needed. Alone, the command takes every 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.config import validate as validate_config
@@ -14,6 +15,7 @@ from pipeline.console import log
 from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file
 from stages.train_data import Data, open_data
 from stages.train_setup import Session, prepare, write_record
+from stages.train_zero_shot import zero_shot_entry, zero_shot_of
 
 
 def run(config: Config, *, name: str | None, resume: bool) -> None:
@@ -48,10 +50,11 @@ def _run(config: Config, folder: RunFolder, *, resume: bool) -> None:
     data = open_data(Workspace(config.workspace), config)
     if found is not None:
         resuming.refuse_other_data(found, data.identity(), folder)
+    benchmark = zero_shot_entry(config)
     session = prepare(config, data, folder)
     with session.training.ending_together():
         resuming.begin(session.training, found)
-        _train(session, config, data)
+        _train(session, config, data, zero_shot_of(benchmark, session, config))
         if session.training.accelerator.is_main_process:
             _finish(session, config, data)
         session.training.accelerator.wait_for_everyone()
@@ -67,9 +70,9 @@ def default_name(config: Config) -> str:
     return name if train.seed == 0 else f"{name}-s{train.seed}"
 
 
-def _train(session: Session, config: Config, data: Data) -> None:
+def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None:
     from pipeline.training.data import batches
-    from pipeline.training.validation import number_images, validate, validation_steps
+    from pipeline.training.validation import Captions, even_batches, validate, validation_steps
 
     training, plan = session.training, session.plan
     accelerator = training.accelerator
@@ -90,17 +93,24 @@ def _train(session: Session, config: Config, data: Data) -> None:
             accelerator.mixed_precision,
         )
 
-    image_numbers = number_images(data.val_rows, data.manifest.column("sha256", data.val_rows).tolist())
+    val, dataset = data.val_rows, session.datasets["val"]
+    hashes = data.manifest.column("sha256", val).tolist()
+    captions = Captions.of(val, hashes, data.manifest.captions, dataset.tokenizer)
+    batch_size = config.train.batch_size
 
     def measure() -> dict[str, float]:
-        steps = validation_steps(data.val_rows, batch_size=config.train.batch_size, **place)
-        return validate(
+        figures = validate(
             training.objective,
             training.bare.model,
-            batches(session.datasets["val"], steps, workers=0),
+            batches(dataset, validation_steps(val, batch_size=batch_size, **place), workers=0),
             accelerator.device,
-            image_numbers=image_numbers,
+            captions=captions,
+            even=even_batches(len(val), batch_size),
+            note=lambda batch: training.note_failed(batch, "val"),
         )
+        if zero_shot is not None:
+            figures |= zero_shot.measure(training.bare.model, accelerator.device)
+        return figures
 
     stream = batches(
         session.datasets["train"], plan.steps(start=training.step, **place), workers=session.workers, pin_memory=pin
