@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.config import validate as validate_config
 from pipeline.console import log
 from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file
+from stages import train_processes
 from stages.train_data import Data, open_data
 from stages.train_setup import Session, prepare, write_record
 from stages.train_zero_shot import zero_shot_entry, zero_shot_of
@@ -26,11 +27,13 @@ def run(config: Config, *, name: str | None, resume: bool) -> None:
             went wrong on the way (the last good checkpoint is named).
         Stopped: a signal arrived; the state is saved.
     """
+    import torch
+
     from pipeline.training import lock, machine
     from pipeline.training.tracking import refuse_without_wandb
 
     if machine.several_gpus_alone():
-        machine.launch_on_all_gpus("stages.cli", sys.argv[1:])
+        train_processes.run(torch.cuda.device_count(), sys.argv[1:])
         return
     folder = Workspace(config.workspace).run(name or default_name(config))
     refuse_without_wandb(config.train.wandb)

@@ -26,6 +26,20 @@ def last_good(folder: Path) -> str:
     return f"last good checkpoint: {found[-1] if found else 'none'}"
 
 
+def nothing_readable(failed: list[tuple[int, str]], *, where: str, folder: Path) -> PipeError:
+    """Of all rows of a process's share not one could be read.
+
+    Args:
+        failed: (row, why) of each. where: the step and the process. folder: of the checkpoints.
+    """
+    reason = failed[0][1] if failed else "none was asked for"
+    return PipeError(
+        f"no image of a whole batch could be read at {where}",
+        where=f"{named_rows([row for row, _ in failed])} ({reason})",
+        fix=f"see that the images are there, or run pipe index again; {last_good(folder)}",
+    )
+
+
 def explained(error: Exception, *, step: int, process: str, rows: list[int], folder: Path) -> PipeError | None:
     """`error` as a line with the step, the process and the rows at hand; None where all there is to say is the error.
 

@@ -19,8 +19,8 @@ from pipeline.run_folder import RunFolder
 from pipeline.signals import stop_on_signals
 from pipeline.training.checkpoint import State, save_checkpoint
 from pipeline.training.data import Batch
-from pipeline.training.divergence import Watch, rows_not_finite
-from pipeline.training.failures import explained, last_good, named_rows
+from pipeline.training.divergence import Watch
+from pipeline.training.failures import explained, nothing_readable
 from pipeline.training.gradients import part_norms, term_norms
 from pipeline.training.schedule import learning_rate
 from pipeline.training.skipped import Skip, Skipped
@@ -69,7 +69,9 @@ class Training:
 
     def __post_init__(self) -> None:
         self.together = Together(self.accelerator)
-        self.watch = Watch(self.settings.explosion_factor, self.settings.explosion_steps)
+        factor, steps = self.settings.explosion_factor, self.settings.explosion_steps
+        scaled = self.accelerator.scaler is not None
+        self.watch = Watch(self.together, self.folder.checkpoints, factor=factor, steps=steps, scaled=scaled)
         self.skipped = Skipped(self.folder.skipped if self.accelerator.is_main_process else None)
 
     @property
@@ -121,15 +123,11 @@ class Training:
         if batch is not None:
             self.at_hand = batch.rows.tolist()
             if not self.at_hand:
-                rows = [row for row, _ in batch.failed]
-                problem = PipeError(
-                    f"no image of a whole batch could be read at step {self.step}{self.together.name}",
-                    where=f"{named_rows(rows)} ({batch.failed[0][1] if rows else 'none asked for'})",
-                    fix=f"see that the images are there, or run pipe index again; {last_good(self.folder.checkpoints)}",
-                )
+                where = f"step {self.step}{self.together.name}"
+                problem = nothing_readable(batch.failed, where=where, folder=self.folder.checkpoints)
         if self._any_process(stop() or problem is not None):
             if not self.together.total([stop()])[0] and self.together.total([problem is not None])[0]:
-                self.together.stop_for([problem])
+                self.together.stop_for(problem)
             self.save()
             raise Stopped(f"training at step {self.step:,} of {self.settings.total_steps:,}", "go on with --resume")
         assert batch is not None
@@ -179,8 +177,8 @@ class Training:
 
     def _after_step(self, batch: Batch, logs: dict[str, Tensor], tracker: Tracker, bar: Progress) -> None:
         self.note_failed(batch, "train")
-        if self.accelerator.scaler is not None and self.watch.never_steps(self.optimizer.step_was_skipped):
-            self.together.stop_for([self._never_steps()])
+        if self.accelerator.scaler is not None:
+            self.watch.after_update(skipped=self.optimizer.step_was_skipped, step=self.step)
         if self._logs_at(self.step):
             values = {f"train/{key}": float(value) for key, value in logs.items()}
             bar.note(f"loss {values['train/loss']:.3f}")
@@ -217,34 +215,7 @@ class Training:
         return self.step == self.settings.total_steps or (every is not None and self.step % every == 0)
 
     def _refuse_nan(self, loss: Tensor, norm: Any, batch: Batch) -> None:
-        """Stop before the update, on all processes, where any one's loss or the gradient is not finite, or where the
-        loss has exploded. Clipping makes nan of an infinite gradient. fp16's scaler leaves such steps out."""
-        norm = torch.as_tensor(norm, device=loss.device).detach()
-        own = torch.stack([loss.detach().double(), norm.double()]).tolist()
-        bad = {
-            "loss": not math.isfinite(own[0]),
-            "gradient's norm": not math.isfinite(own[1]) and self.accelerator.scaler is None,
-        }
-        share = 0.0 if bad["loss"] else own[0] / self.accelerator.num_processes
-        *anywhere, mean = self.together.total([*bad.values(), share])
-        for (what, here), value, elsewhere in zip(bad.items(), own, anywhere, strict=True):
-            if elsewhere:
-                self.together.stop_for([self._diverged(f"the {what} is {value}", batch) if here else None])
-        if (what := self.watch.explodes(mean)) is not None:
-            # The process with the largest loss speaks.
-            largest = max(self.together.everyones(own[0]))
-            self.together.stop_for([self._diverged(what, batch) if own[0] == largest else None])
-
-    def _diverged(self, what: str, batch: Batch) -> PipeError:
-        bad = rows_not_finite(self.bare.model, batch)
-        where = f"{named_rows(bad)}, whose values are not finite" if bad else named_rows(self.at_hand)
-        fix = f"{last_good(self.folder.checkpoints)}; lower train.lr or use train.precision=no"
-        return PipeError(f"{what} at step {self.step}{self.together.name}", where=where, fix=fix)
-
-    def _never_steps(self) -> PipeError:
-        what = f"fp16's scaler has left out the last {self.watch.skipped} updates, at step {self.step}"
-        fix = f"{last_good(self.folder.checkpoints)}; lower train.lr or use train.precision=bf16"
-        return PipeError(what, where=self.folder.path, fix=fix)
+        self.watch.check(loss, norm, batch, self.bare.model, step=self.step)
 
     def _explained(self, error: Exception) -> PipeError | None:
         return explained(

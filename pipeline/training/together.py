@@ -71,14 +71,14 @@ class Together:
             SystemExit: on the others, which have nothing to add.
         """
         if self.total([problem is not None])[0]:
-            self.stop_for([problem])
+            self.stop_for(problem)
 
-    def stop_for(self, problems: list[PipeError | None]) -> None:
+    def stop_for(self, problem: PipeError | None) -> None:
         """`agree`, where all processes know already that some has a problem."""
-        found = [problem for of in self.everyones(problems) for problem in of if problem is not None]
+        first = next(found for found in self.everyones(problem) if found is not None)
         if self.rank > 0:
             raise SystemExit(1)
-        raise Agreed(found[0].what, where=found[0].where, fix=found[0].fix) from problems[0]
+        raise Agreed(first.what, where=first.where, fix=first.fix) from problem
 
     @contextmanager
     def guard(self, explain: Callable[[Exception], PipeError | None]) -> Iterator[None]:

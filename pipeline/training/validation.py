@@ -1,8 +1,8 @@
 """The objective and a small retrieval on validation rows, without touching the training state.
 
-Retrieval is `evaluation.retrieval`'s: unique images, unique captions, every caption of an image (one hit is enough), ties
-against the model. It sees all rows that can be read; the objective sees batches of one size, since losses over fewer
-candidates cannot be averaged with the others.
+Retrieval is `evaluation.retrieval`'s: unique images, unique captions, every caption of an image (one hit is enough),
+ties against the model. It sees all rows that can be read; the objective sees batches of one size, since losses over
+fewer candidates cannot be averaged with the others.
 
 Legend: W processes, B this process's rows of a batch, N unique images, T unique captions, P (image, caption) pairs,
 D joint width.
