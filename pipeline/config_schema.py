@@ -193,6 +193,13 @@ class ModelConfig(Section):
         return self
 
 
+class ExplosionConfig(Section):
+    """When a finite loss ends a run: above `factor` times its running median in `steps` steps in a row."""
+
+    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 10.0
+    steps: Positive = 20
+
+
 class TrainConfig(Section):
     method: str = "dinorankclip"
     order: Annotated[int, Field(ge=0)] = 3
@@ -211,10 +218,12 @@ class TrainConfig(Section):
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
     validate_every: Positive | None = 500
+    zero_shot: Source | None = None  # an entry of evaluate.suite, measured with every validation; selects nothing
     log_every: Positive = 10
     term_gradients_every: Positive | None = (
         500  # steps between measurements of every term's gradient; one backward each
     )
+    explosion: ExplosionConfig | None = ExplosionConfig()  # null: only a loss that is not finite ends a run
     wandb: str | None = None  # a project of Weights & Biases to send the figures to
 
     @field_validator("precision", mode="before")

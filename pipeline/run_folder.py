@@ -43,6 +43,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """Rows that could not be read while it trained, one JSON object a line."""
+        return self.path / "skipped.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

@@ -7,50 +7,61 @@ The teacher itself is neither loaded nor needed. Alone, the command takes every 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.config import validate as validate_config
 from pipeline.console import log
-from pipeline.run_folder import Workspace, code_version, sha256_file
-from stages import train_init
+from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file
+from stages import train_init, train_processes
 from stages.train_data import Data, open_data
 from stages.train_setup import Session, prepare, write_record
+from stages.train_zero_shot import zero_shot_entry, zero_shot_of
 
 
 def run(config: Config, *, name: str | None, resume: bool) -> None:
     """Train one run to its end.
 
     Raises:
-        PipeError: the manifest or cache is missing or does not match, the run exists, or the loss is not finite.
+        PipeError: the manifest or cache is missing or does not match, the run exists or is being trained, or something
+            went wrong on the way (the last good checkpoint is named).
         Stopped: a signal arrived; the state is saved.
     """
-    from pipeline.training import machine
-    from pipeline.training import resume as resuming
+    import torch
+
+    from pipeline.training import lock, machine
     from pipeline.training.tracking import refuse_without_wandb
 
     if machine.several_gpus_alone():
-        machine.launch_on_all_gpus("stages.cli", sys.argv[1:])
+        train_processes.run(torch.cuda.device_count(), sys.argv[1:])
         return
-    workspace = Workspace(config.workspace)
-    folder = workspace.run(name or default_name(config))
+    folder = Workspace(config.workspace).run(name or default_name(config))
     refuse_without_wandb(config.train.wandb)
-    checkpoint = resuming.checkpoint_to_resume(
+    with lock.holding(folder, main=machine.is_main()):
+        _run(config, folder, resume=resume)
+
+
+def _run(config: Config, folder: RunFolder, *, resume: bool) -> None:
+    from pipeline.training import resume as resuming
+
+    found = resuming.checkpoint_to_resume(
         folder, config.dump(), resume=resume, completed=lambda then: validate_config(then).dump()
     )
     if resume and folder.finished:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
-    data = open_data(workspace, config)
-    data.init = train_init.origin(config, checkpoint)
-    if checkpoint is not None:
-        resuming.refuse_other_data(checkpoint, data.identity(), folder)
-    session = prepare(config, data, folder, fresh=checkpoint is None)
-    if checkpoint is not None:
-        resuming.restore(session.training, checkpoint)
-    _train(session, config, data)
-    if session.training.accelerator.is_main_process:
-        _finish(session, config, data)
-    session.training.accelerator.wait_for_everyone()
+    data = open_data(Workspace(config.workspace), config)
+    data.init = train_init.origin(config, found)
+    if found is not None:
+        resuming.refuse_other_data(found, data.identity(), folder)
+    benchmark = zero_shot_entry(config)
+    session = prepare(config, data, folder, fresh=found is None)
+    with session.training.ending_together():
+        resuming.begin(session.training, found)
+        _train(session, config, data, zero_shot_of(benchmark, session, config))
+        if session.training.accelerator.is_main_process:
+            _finish(session, config, data)
+        session.training.accelerator.wait_for_everyone()
     session.training.accelerator.end_training()
 
 
@@ -63,9 +74,10 @@ def default_name(config: Config) -> str:
     return name if train.seed == 0 else f"{name}-s{train.seed}"
 
 
-def _train(session: Session, config: Config, data: Data) -> None:
+def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None:
     from pipeline.training.data import batches
-    from pipeline.training.validation import number_images, validate, validation_steps
+    from pipeline.training.validation import even_batches, validate, validation_steps
+    from pipeline.training.validation_pairs import Captions
 
     training, plan = session.training, session.plan
     accelerator = training.accelerator
@@ -86,17 +98,24 @@ def _train(session: Session, config: Config, data: Data) -> None:
             accelerator.mixed_precision,
         )
 
-    image_numbers = number_images(data.val_rows, data.manifest.column("sha256", data.val_rows).tolist())
+    val, dataset = data.val_rows, session.datasets["val"]
+    hashes = data.manifest.column("sha256", val).tolist()
+    captions = Captions.of(val, hashes, data.manifest.captions, dataset.tokenizer)
+    batch_size = config.train.batch_size
 
     def measure() -> dict[str, float]:
-        steps = validation_steps(data.val_rows, batch_size=config.train.batch_size, **place)
-        return validate(
+        figures = validate(
             training.objective,
             training.bare.model,
-            batches(session.datasets["val"], steps, workers=0),
+            batches(dataset, validation_steps(val, batch_size=batch_size, **place), workers=0),
             accelerator.device,
-            image_numbers=image_numbers,
+            captions=captions,
+            even=even_batches(len(val), batch_size),
+            note=lambda batch: training.note_failed(batch, "val"),
         )
+        if zero_shot is not None:
+            figures |= zero_shot.measure(training.bare.model, accelerator.device)
+        return figures
 
     stream = batches(
         session.datasets["train"], plan.steps(start=training.step, **place), workers=session.workers, pin_memory=pin
@@ -121,6 +140,7 @@ def _finish(session: Session, config: Config, data: Data) -> None:
             "finished": True,
             "steps": training.step,
             "samples_seen": training.samples,
+            "skipped": training.skipped.summary(),
             "seconds": round(training.seconds, 3),
             "samples_per_second": round(training.samples / max(training.seconds, 1e-9), 2),
             "parameters": model.parameter_counts(),

@@ -190,6 +190,8 @@ def _settings(config: Config, plan: Any) -> Any:
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
         validate_every=train.validate_every,
+        explosion_factor=None if train.explosion is None else train.explosion.factor,
+        explosion_steps=20 if train.explosion is None else train.explosion.steps,
     )
 
 

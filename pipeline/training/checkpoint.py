@@ -3,14 +3,19 @@
     checkpoints/step-00000500/{state.json, objective.safetensors, optimizer.safetensors}
 
 There is no random state in it: every random choice of a run is a function of (seed, epoch, step).
+
+A name that begins with a full stop is work in progress: a kill leaves it behind, and the next session clears it away.
+`damaged-step-…` is a checkpoint whose checksum was wrong when a run was resumed; it is kept for whoever wants to look.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.run_folder import read_json, sha256_file, sync_folder
 
@@ -37,6 +43,8 @@ class State:
         scaler: fp16 loss scaler's state, {} without one.
         config: the resolved configuration it was trained with.
         data: what its batches and targets were read from: hashes of manifest, training rows and cache.
+        losses: of the last steps, as `divergence.Watch` compares the next ones with.
+        above: steps in a row, up to this one, whose loss was too large.
     """
 
     step: int
@@ -46,34 +54,41 @@ class State:
     scaler: dict[str, Any]
     config: dict[str, Any]
     data: dict[str, Any]
+    losses: list[float] = field(default_factory=list)
+    above: int = 0
+
+
+class Damaged(PipeError):
+    """A checkpoint that is not what was written: one before it may be whole."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from, its state, and the newer ones that are damaged."""
+
+    path: Path
+    state: State
+    damaged: tuple[Path, ...] = ()
 
 
 def save_checkpoint(
     folder: Path, state: State, objective: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
 ) -> Path:
-    """Write checkpoints/step-N beside the others, make it durable, then prune the oldest beyond `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write checkpoints/step-N beside the others, make it durable, then prune the oldest beyond `keep`.
+
+    A kill at any moment leaves the checkpoints before it whole, or this one.
+
+    Raises:
+        PipeError: the disk is full or refuses; nothing of this checkpoint is left behind, and no other is touched.
+    """
     final = folder / f"step-{state.step:08d}"
     temporary = folder / f".step-{state.step:08d}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in objective.state_dict().items()}
-        save_file(tensors, temporary / "objective.safetensors")
-        save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        body = asdict(state) | {
-            "version": VERSION,
-            "sha256": {
-                name: sha256_file(temporary / name) for name in ("objective.safetensors", "optimizer.safetensors")
-            },
-        }
-        (temporary / "state.json").write_text(json.dumps(body, indent=2), encoding="utf-8")
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(temporary)
-        if final.exists():
-            shutil.rmtree(final)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write(temporary, state, objective, optimizer)
+        _retire(final)
         os.replace(temporary, final)
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -81,9 +96,45 @@ def save_checkpoint(
         raise PipeError(
             f"cannot save a checkpoint: {error}", where=folder, fix="free some space, then go on with --resume"
         ) from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    # By age, but never the one just written: after a return to an earlier step, others may be ahead of it.
+    for old in [path for path in checkpoints(folder) if path < final][: -(keep - 1) or None]:
+        _retire(old)
     return final
+
+
+def _write(temporary: Path, state: State, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """All files of a checkpoint, durable."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in objective.state_dict().items()}
+    save_file(tensors, temporary / "objective.safetensors")
+    save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+    digests = {name: sha256_file(temporary / name) for name in ("objective.safetensors", "optimizer.safetensors")}
+    body = asdict(state) | {"version": VERSION, "sha256": digests}
+    (temporary / "state.json").write_text(json.dumps(body, indent=2), encoding="utf-8")
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(temporary)
+
+
+def _retire(checkpoint: Path) -> None:
+    """Remove a checkpoint so that it is whole or gone by name at every moment."""
+    if not checkpoint.exists():
+        return
+    old = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(checkpoint, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_up(folder: Path, damaged: Sequence[Path] = ()) -> None:
+    """Remove what a kill left unfinished, and set `damaged` aside; by the one process that writes, before it does."""
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for path in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        log.warning("set aside as %s", aside)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -91,8 +142,39 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").exists()) if folder.is_dir() else []
 
 
+def newest_whole(folder: Path) -> Found | None:
+    """The newest checkpoint whose checksums are right; None where there is none at all.
+
+    A run that goes on from an earlier step repeats what it did, so going back is safe: it costs time, and nothing else.
+
+    Raises:
+        PipeError: there are checkpoints, and every one is damaged.
+    """
+    damaged: list[Path] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            state = read_state(path)
+        except Damaged as problem:
+            log.warning("%s; going back to the one before", problem)
+            damaged.append(path)
+            continue
+        return Found(path, state, tuple(damaged))
+    if damaged:
+        raise PipeError(
+            f"all {len(damaged)} checkpoints are damaged",
+            where=folder,
+            fix="remove this folder to train from the beginning, or put a copy of it back",
+        )
+    return None
+
+
 def read_state(checkpoint: Path) -> State:
-    """The state of a checkpoint whose files are whole."""
+    """The state of a checkpoint whose files are whole.
+
+    Raises:
+        Damaged: a file is missing or is not what was written.
+        PipeError: another version of this program wrote it.
+    """
     try:
         body = read_json(checkpoint / "state.json")
     except PipeError as error:
@@ -102,16 +184,27 @@ def read_state(checkpoint: Path) -> State:
     if body.pop("version", None) != VERSION:
         raise PipeError("this checkpoint was written by another version", where=checkpoint, fix="train anew")
     for name, digest in body.pop("sha256").items():
-        if not (checkpoint / name).exists() or sha256_file(checkpoint / name) != digest:
+        if _digest(checkpoint / name) != digest:
             raise _damaged(name, checkpoint)
-    if set(body) != {field.name for field in fields(State)}:
+    known = {of.name for of in fields(State)}
+    required = {of.name for of in fields(State) if of.default is MISSING and of.default_factory is MISSING}
+    if not required <= set(body) <= known:
         raise _damaged("state.json", checkpoint)
     return State(**body)
 
 
-def _damaged(name: str, checkpoint: Path) -> PipeError:
-    fix = "remove this folder; --resume takes the one before"
-    return PipeError(f"{name} is damaged or missing", where=checkpoint, fix=fix)
+def _digest(path: Path) -> str | None:
+    """None where the file is missing or the disk cannot give it back."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EIO):
+            return None
+        raise
+
+
+def _damaged(name: str, checkpoint: Path) -> Damaged:
+    return Damaged(f"{name} is damaged or missing", where=checkpoint)
 
 
 def load_checkpoint(checkpoint: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:

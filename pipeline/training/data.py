@@ -5,6 +5,7 @@ B: pairs in this process's batch; L: context length; C: components of a scale; g
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache.layout import GEOMETRY
 from pipeline.cache.reader import Cache
+from pipeline.console import log
 from pipeline.data.augment import SimCLRViews
 from pipeline.data.geometry import ViewSpec, view_choice
 from pipeline.data.roi import BOXES, RoiSpec
@@ -226,8 +228,7 @@ def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_me
     """Batches in the order of `steps`, read ahead by `workers` processes (0: in this one).
 
     Raises:
-        PipeError: one that a worker met, as it was raised there (torch would wrap its traceback into the message); or a
-            worker was killed.
+        PipeError: a worker met an error, or was killed.
     """
     loader = DataLoader(
         _Carrying(dataset),
@@ -237,6 +238,7 @@ def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_me
         collate_fn=_as_is,  # a worker's answer is a whole batch already
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
     )
     try:
         for batch in loader:
@@ -252,7 +254,7 @@ def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_me
 
 
 class _Carrying(Dataset[Batch | PipeError]):
-    """Hands a PipeError on as a value."""
+    """Hands an error on as a value, in one line: torch would make a worker's traceback its message."""
 
     def __init__(self, dataset: PairDataset) -> None:
         self.dataset = dataset
@@ -262,6 +264,18 @@ class _Carrying(Dataset[Batch | PipeError]):
             return self.dataset[step]
         except PipeError as error:
             return error
+        except Exception as error:
+            log.debug("reading a batch failed", exc_info=True)
+            what = f"unexpected {type(error).__name__} while a batch was read: {error}"
+            rows = ", ".join(str(row) for row in step.rows[:8].tolist())
+            return PipeError(what, where=f"rows {rows}, …", fix="please report it with the output of --debug")
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process of a job. Batches must come until the trainer has saved; it
+    ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Steps:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.console import Progress, log, progress
+from pipeline.console import Progress, progress
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder
 from pipeline.signals import stop_on_signals
-from pipeline.training.checkpoint import State, checkpoints, save_checkpoint
+from pipeline.training.checkpoint import State, save_checkpoint
 from pipeline.training.data import Batch
+from pipeline.training.divergence import Watch
+from pipeline.training.failures import explained, nothing_readable
 from pipeline.training.gradients import part_norms, term_norms
 from pipeline.training.schedule import learning_rate
-from pipeline.training.tracking import Tracker
+from pipeline.training.skipped import Skip, Skipped
+from pipeline.training.together import Together
+from pipeline.training.tracking import Tracker, make_durable
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class LoopSettings:
     checkpoint_every: int
     keep_checkpoints: int
     validate_every: int | None
+    explosion_factor: float | None = None  # see `divergence`
+    explosion_steps: int = 20
 
 
 @dataclass
@@ -57,7 +63,16 @@ class Training:
     step: int = 0
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
-    unread: int = 0  # images of this process since `samples` was last settled
+    saved: int = -1  # the step of the newest checkpoint
+    unread: list[Skip] = field(default_factory=list)  # of this process, since `samples` was last settled
+    at_hand: list[int] = field(default_factory=list)  # rows of this process's batch, for messages
+
+    def __post_init__(self) -> None:
+        self.together = Together(self.accelerator)
+        factor, steps = self.settings.explosion_factor, self.settings.explosion_steps
+        scaled = self.accelerator.scaler is not None
+        self.watch = Watch(self.together, self.folder.checkpoints, factor=factor, steps=steps, scaled=scaled)
+        self.skipped = Skipped(self.folder.skipped if self.accelerator.is_main_process else None)
 
     @property
     def bare(self) -> nn.Module:
@@ -69,6 +84,9 @@ class Training:
         Args:
             batches: this process's batches, from step `self.step` on.
             validate: called by every process; its figures are logged under val/.
+
+        Raises:
+            PipeError: something is wrong, on whichever process: all stop. The last checkpoint is named.
         """
         total, shown = self.settings.total_steps, self.accelerator.is_main_process
         log_to = Tracker(self.folder if shown else None, wandb=self.wandb, config=self.config, first=self.step == 0)
@@ -76,7 +94,7 @@ class Training:
         with log_to as tracker, stop_on_signals() as stop, _bar(pairs, self.samples, shown) as bar:
             clock = _Clock(self.seconds)
             while self.step < total:
-                batch = next(batches)
+                batch = self._read(batches, stop)
                 logs = self._step(batch)
                 self.seconds = clock.now()
                 bar.advance(self.settings.batch_size)
@@ -85,20 +103,40 @@ class Training:
                     figures = validate()
                     clock.started += clock.now() - self.seconds  # validation is not training time
                     self._write(tracker, {f"val/{key}": value for key, value in figures.items()})
-                stopping = self._any_process(stop())
-                if stopping or self._due(self.settings.checkpoint_every):
+                if self._due(self.settings.checkpoint_every):
                     self.save()
-                if stopping:
-                    raise Stopped(f"training at step {self.step:,} of {total:,}", "go on with --resume")
+
+    def ending_together(self) -> AbstractContextManager[None]:
+        """Errors that leave this block come in our words, and take the other processes along; see `together`."""
+        return self.together.guard(self._explained)
+
+    def _read(self, batches: Iterator[Batch], stop: Callable[[], bool]) -> Batch:
+        """The next batch, where every process has one and none was asked to stop.
+
+        One exchange a step serves both questions; a stop goes first, as a signal may have hit the data workers too.
+        """
+        batch, problem = None, None
+        try:
+            batch = next(batches)
+        except Exception as error:
+            problem = self._explained(error) or PipeError(f"{error}", where=f"step {self.step}{self.together.name}")
+        if batch is not None:
+            self.at_hand = batch.rows.tolist()
+            if not self.at_hand:
+                where = f"step {self.step}{self.together.name}"
+                problem = nothing_readable(batch.failed, where=where, folder=self.folder.checkpoints)
+        if self._any_process(stop() or problem is not None):
+            if not self.together.total([stop()])[0] and self.together.total([problem is not None])[0]:
+                self.together.stop_for(problem)
+            self.save()
+            raise Stopped(f"training at step {self.step:,} of {self.settings.total_steps:,}", "go on with --resume")
+        assert batch is not None
+        return batch
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """Forward, backward, clip, update: the whole of it."""
         settings, detailed = self.settings, self._logs_at(self.step + 1)
         measured = self._measures_at(self.step + 1)
-        if not len(batch.rows):
-            raise PipeError(
-                "no image of a whole batch could be read", where=f"step {self.step}", fix="run pipe index again"
-            )
         # Any random choice inside the model (dropout) is a function of the step, which makes a resume exact.
         torch.manual_seed(hash((settings.seed, self.step, self.accelerator.process_index)) & 0x7FFFFFFF)
         self.bare.log_details, self.bare.keep_terms = detailed, measured  # type: ignore[assignment]
@@ -138,18 +176,27 @@ class Training:
         }
 
     def _after_step(self, batch: Batch, logs: dict[str, Tensor], tracker: Tracker, bar: Progress) -> None:
-        for row, reason in batch.failed:
-            self.unread += 1
-            log.warning("skipped row %d: %s", row, reason)
+        self.note_failed(batch, "train")
+        if self.accelerator.scaler is not None:
+            self.watch.after_update(skipped=self.optimizer.step_was_skipped, step=self.step)
         if self._logs_at(self.step):
             values = {f"train/{key}": float(value) for key, value in logs.items()}
             bar.note(f"loss {values['train/loss']:.3f}")
             self._write(tracker, values)
 
+    def note_failed(self, batch: Batch, split: str) -> None:
+        """Remember what of a batch could not be read, until `_settle`."""
+        self.unread += [Skip(self.step, batch.epoch, split, row, reason) for row, reason in batch.failed]
+
     def _settle(self) -> None:
-        """Take the images that no process could read out of `samples`; every process calls it at the same steps."""
-        self.samples -= self._over_processes(self.unread)
-        self.unread = 0
+        """Take the images that no process could read out of `samples`, and name them; every process calls it at the
+        same steps."""
+        missing, others = (sum((skip.split == "train") is trained for skip in self.unread) for trained in (True, False))
+        all_missing, all_others = self.together.total([missing, others])
+        self.samples -= int(all_missing)
+        if all_missing or all_others:
+            self.skipped.add(skip for of in self.together.everyones(self.unread) for skip in of)
+        self.unread = []
 
     def _write(self, tracker: Tracker, values: dict[str, float]) -> None:
         self._settle()
@@ -168,42 +215,44 @@ class Training:
         return self.step == self.settings.total_steps or (every is not None and self.step % every == 0)
 
     def _refuse_nan(self, loss: Tensor, norm: Any, batch: Batch) -> None:
-        """Stop before the update: clipping makes nan of an infinite gradient. fp16's scaler leaves such steps out."""
-        what, value = "loss", float(loss.detach())
-        if math.isfinite(value) and self.accelerator.scaler is None:
-            what, value = "gradient's norm", float(norm)
-        if math.isfinite(value):
-            return
-        last = checkpoints(self.folder.checkpoints)
-        rows = ", ".join(str(row) for row in batch.rows[:8].tolist())
-        raise PipeError(
-            f"the {what} is {value} at step {self.step}",
-            where=f"rows {rows}, …",
-            fix=f"last good checkpoint: {last[-1] if last else 'none'}; lower train.lr or use train.precision=no",
+        self.watch.check(loss, norm, batch, self.bare.model, step=self.step)
+
+    def _explained(self, error: Exception) -> PipeError | None:
+        return explained(
+            error, step=self.step, process=self.together.name, rows=self.at_hand, folder=self.folder.checkpoints
         )
 
     def _any_process(self, flag: bool) -> bool:
-        """Whether any process was asked to stop: all must save together."""
-        return self._over_processes(int(flag)) > 0
-
-    def _over_processes(self, count: int) -> int:
-        """The sum of every process's `count`."""
-        if self.accelerator.num_processes == 1:
-            return count
-        own = torch.tensor([count], device=self.accelerator.device)
-        return int(self.accelerator.reduce(own, reduction="sum").item())
+        """Whether any process raises its flag: all must leave the loop together."""
+        return self.together.total([flag])[0] > 0
 
     def save(self) -> None:
-        """Checkpoint from the main process; the others wait."""
+        """Checkpoint from the main process; the others wait, and hear if it failed. A step is saved once."""
+        if self.saved == self.step:
+            return
         self._settle()
+        problem = None
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-            world_size = self.accelerator.num_processes
-            state = State(self.step, self.samples, self.seconds, world_size, scaler, self.config, self.data)
-            save_checkpoint(
-                self.folder.checkpoints, state, self.bare, self.optimizer.optimizer, keep=self.settings.keep_checkpoints
+            state = State(
+                step=self.step,
+                samples=self.samples,
+                seconds=self.seconds,
+                world_size=self.accelerator.num_processes,
+                scaler=scaler,
+                config=self.config,
+                data=self.data,
+                losses=list(self.watch.losses),
+                above=self.watch.above,
             )
-        self.accelerator.wait_for_everyone()
+            keep = self.settings.keep_checkpoints
+            try:
+                make_durable(self.folder.metrics)
+                save_checkpoint(self.folder.checkpoints, state, self.bare, self.optimizer.optimizer, keep=keep)
+            except (PipeError, OSError) as error:
+                problem = self._explained(error) or PipeError(f"cannot save: {error}", where=self.folder.path)
+        self.together.agree(problem)
+        self.saved = self.step
 
 
 class _Clock:

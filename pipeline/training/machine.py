@@ -5,33 +5,20 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from pipeline.console import log
-from pipeline.errors import PipeError, Stopped
+
+def is_main() -> bool:
+    """Whether this is the process that writes, as launchers say it; known before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def several_gpus_alone() -> bool:
     """Whether several GPUs are visible and no launcher has shared them out."""
     return torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
-
-
-def launch_on_all_gpus(module: str, arguments: Sequence[str]) -> None:
-    """Run `python -m module arguments` once per visible GPU and pass its end on."""
-    count = torch.cuda.device_count()
-    log.info("starting %d processes, one a GPU", count)
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(count)]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = subprocess.run([sys.executable, *launch, "-m", module, *arguments], check=False)
-    if done.returncode in (75, -15, -2):
-        raise Stopped("training", "go on with --resume")
-    if done.returncode:
-        raise PipeError(f"a training process ended with code {done.returncode}", fix="its message stands above")
 
 
 def precision(asked: Literal["auto", "no", "bf16", "fp16"]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pipeline.console import log
+from pipeline.distributed import all_gather_sizes
 from pipeline.errors import PipeError
 from pipeline.run_folder import RunFolder
-from pipeline.training.checkpoint import checkpoints, load_checkpoint, read_state
+from pipeline.training.checkpoint import Found, clear_up, load_checkpoint, newest_whole
 from pipeline.training.loop import Training
 from pipeline.training.tracking import cut_back
 
@@ -22,6 +22,8 @@ MAY_CHANGE = {"workspace", "evaluate", "caption", "data.workers", "loss.head"} |
         "log_every",
         "term_gradients_every",
         "wandb",
+        "zero_shot",
+        "explosion",
     )
 }
 
@@ -32,7 +34,7 @@ def checkpoint_to_resume(
     *,
     resume: bool,
     completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-) -> Path | None:
+) -> Found | None:
     """The newest whole checkpoint of an unfinished run, None where it starts from the beginning.
 
     Args:
@@ -41,7 +43,8 @@ def checkpoint_to_resume(
         completed: gives a configuration of an earlier release the defaults of the keys that came since.
 
     Raises:
-        PipeError: the run exists and `resume` is off, or its configuration was another (the key is named).
+        PipeError: the run exists and `resume` is off, its configuration was another (the key is named), or all its
+            checkpoints are damaged.
     """
     if not folder.record.exists():
         return None
@@ -52,19 +55,18 @@ def checkpoint_to_resume(
             where=folder.path,
             fix="go on with --resume, choose another --name, or remove the folder",
         )
-    found = checkpoints(folder.checkpoints)
-    if not found:
+    found = newest_whole(folder.checkpoints)
+    if found is None:
         log.info("run %s has no checkpoint: it starts from the beginning", folder.name)
-        folder.metrics.unlink(missing_ok=True)
         return None
-    refuse_other_config(completed(read_state(found[-1]).config), config, folder)
-    return found[-1]
+    refuse_other_config(completed(found.state.config), config, folder)
+    return found
 
 
 def refuse_other_config(then: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
     """Refuse to go on where a key that shapes the result has changed."""
     for key, before, after in differences(then, now):
-        if key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE:
+        if any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE):
             continue
         raise PipeError(
             f"{key} is {after!r} now and was {before!r} when the run began",
@@ -73,9 +75,9 @@ def refuse_other_config(then: dict[str, Any], now: dict[str, Any], folder: RunFo
         )
 
 
-def refuse_other_data(checkpoint: Path, now: dict[str, Any], folder: RunFolder) -> None:
+def refuse_other_data(found: Found, now: dict[str, Any], folder: RunFolder) -> None:
     """Refuse to go on over other images, rows or targets: batches would silently be others."""
-    for key, before, after in differences(read_state(checkpoint).data, now):
+    for key, before, after in differences(found.state.data, now):
         raise PipeError(
             f"the data is not what the run began with: {key} is {_short(after)} now and was {_short(before)}",
             where=folder.path,
@@ -98,20 +100,43 @@ def differences(then: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]
     return [] if then == now else [(key, then, now)]
 
 
-def restore(training: Training, checkpoint: Path) -> None:
-    """Put weights, moments, scaler and counters back, and cut the metrics back to the checkpoint."""
-    state, accelerator = read_state(checkpoint), training.accelerator
-    load_checkpoint(checkpoint, training.bare, training.optimizer.optimizer)
+def begin(training: Training, found: Found | None) -> None:
+    """Put weights, moments, scaler and counters back, and cut what the run has written back to the checkpoint; without
+    one, make a clean start. Every process calls it.
+
+    Raises:
+        PipeError: the processes do not see the same checkpoint.
+    """
+    accelerator, folder = training.accelerator, training.folder
+    seen = all_gather_sizes(-1 if found is None else found.state.step, accelerator.device)
+    if len(set(seen)) > 1:
+        steps = ", ".join("none" if step < 0 else f"step {step}" for step in seen)
+        fix = "put the workspace on a disk that all machines share"
+        raise PipeError(f"the processes see different checkpoints ({steps})", where=folder.checkpoints, fix=fix)
+    if found is not None:
+        _restore(training, found)
+    if accelerator.is_main_process:
+        clear_up(folder.checkpoints, () if found is None else found.damaged)
+        for path in (folder.metrics, folder.skipped):
+            cut_back(path, to_step=training.step if found is not None else -1)
+    training.skipped.read()
+    accelerator.wait_for_everyone()
+
+
+def _restore(training: Training, found: Found) -> None:
+    state, accelerator = found.state, training.accelerator
+    load_checkpoint(found.path, training.bare, training.optimizer.optimizer)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
     training.step, training.samples, training.seconds = state.step, state.samples, state.seconds
-    if accelerator.is_main_process:
-        cut_back(training.folder.metrics, to_step=state.step)
-        log.info("resuming %s at step %d", training.folder.name, state.step)
-        if state.world_size != accelerator.num_processes:
-            log.warning(
-                "%d processes wrote this checkpoint, %d go on: the batches stay the same, sums are rounded differently",
-                state.world_size,
-                accelerator.num_processes,
-            )
-    accelerator.wait_for_everyone()
+    training.saved = state.step
+    training.watch.restore(state.losses, state.above)
+    if not accelerator.is_main_process:
+        return
+    log.info("resuming %s at step %d", training.folder.name, state.step)
+    if state.world_size != accelerator.num_processes:
+        log.warning(
+            "%d processes wrote this checkpoint, %d go on: the batches stay the same, sums are rounded differently",
+            state.world_size,
+            accelerator.num_processes,
+        )

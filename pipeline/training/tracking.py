@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,6 +121,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def make_durable(path: Path) -> None:
+    """See that what was written to `path` survives a power cut, as the checkpoint that goes with it does."""
+    if path.exists():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def cut_back(path: Path, *, to_step: int) -> None:

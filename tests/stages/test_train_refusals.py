@@ -16,6 +16,7 @@ from pipeline.config import load_config
 from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.run_folder import Workspace, read_json
+from pipeline.training.tracking import read_metrics
 from stages import train_data
 
 OTHER_LAYER = "teacher.scales=[{name: fine, layer: 0, grid: 4}, {name: mid, layer: 1, grid: 2}]"
@@ -145,15 +146,18 @@ def test_an_image_that_went_bad_after_indexing_is_skipped_and_named(folder):
         done = run(folder, **{"train.method": "clip"})
     finally:
         log.removeHandler(handler)
-    skipped = [int(found[1]) for line in lines if (found := re.match(r"skipped row (\d+)", line))]
-    assert skipped
-    assert set(skipped) <= set(bad)
-    assert read_json(done.record)["samples_seen"] == 48 - len(skipped)
+    written = [line for line in read_metrics(done.skipped) if line["split"] == "train"]
+    named = [int(found[1]) for line in lines if (found := re.match(r"skipped row (\d+): cannot decode", line))]
+    assert len(written) > len(named)  # once in the log, whatever the epochs
+    assert set(named) == {line["row"] for line in written}
+    assert set(named) <= set(bad)
+    record = read_json(done.record)
+    assert record["samples_seen"] == 6 * 8 - len(written)
+    assert record["skipped"]["train"] == {"rows": len(named), "times": len(written)}
 
 
 def test_validation_images_that_are_all_gone_do_not_end_the_run(folder):
     from pipeline.data.manifest import read_manifest
-    from pipeline.training.tracking import read_metrics
     from stages import index
 
     index.run(load_config(folder / "pipe.yaml"))  # the copied manifest still points at the originals
