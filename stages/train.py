@@ -94,6 +94,7 @@ def _train(session: Session, config: Config, data: Data) -> None:
             batches(session.datasets["val"], steps, workers=0),
             accelerator.device,
             image_numbers=image_numbers,
+            at_once=config.train.micro_batch_size,
         )
 
     stream = batches(

@@ -30,6 +30,7 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
 
     from pipeline.training import machine
     from pipeline.training.loop import Training
+    from pipeline.training.memory import save_memory
     from pipeline.training.schedule import parameter_groups
 
     accelerator = Accelerator(
@@ -37,6 +38,7 @@ def prepare(config: Config, data: Data, folder: RunFolder) -> Session:
     )
     set_seed(config.train.seed)
     objective = build_objective(config, data.cache)
+    save_memory(objective, micro_batch_size=config.train.micro_batch_size, batch_size=config.train.batch_size)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas)
     datasets = _datasets(config, data, objective.model)

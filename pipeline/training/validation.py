@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import all_gather_sizes, gather_with_grad
+from pipeline.losses.chunks import in_chunks
 from pipeline.training.data import Batch
 from pipeline.training.sampler import Step
 
@@ -35,6 +36,7 @@ def validate(
     device: torch.device,
     *,
     image_numbers: Mapping[int, int],
+    at_once: int | None = None,
 ) -> dict[str, float]:
     """Means of the objective's logs over the batches, and recall at 1 among all rows that all processes read.
 
@@ -42,7 +44,12 @@ def validate(
         objective: the (wrapped) training objective.
         model: the dual encoder in it; encode_image, encode_text.
         image_numbers: of each row; see `number_images`.
+        at_once: rows that the model encodes at once; None: a process's whole share of a batch.
     """
+
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return model.encode_image(images), model.encode_text(tokens)  # type: ignore[operator]
+
     was_training = objective.training
     objective.eval()
     sums: dict[str, list[float]] = defaultdict(list)
@@ -56,7 +63,7 @@ def validate(
             _, logs = objective(**batch.inputs, progress=1.0)
             for key, value in logs.items():
                 sums[key].append(float(value))
-            pair = [model.encode_image(batch.images), model.encode_text(batch.tokens)]  # type: ignore[operator]
+            pair = in_chunks(encode, (batch.images, batch.tokens), at_once, inside=model)
             features.append(torch.stack([x.float() for x in pair], 1))
     finally:
         objective.train(was_training)
