@@ -88,9 +88,10 @@ def _train(session: Session, config: Config, data: Data) -> None:
 
     def measure() -> dict[str, float]:
         steps = validation_steps(data.val_rows, batch_size=config.train.batch_size, **place)
+        objective, model = training.judged()
         return validate(
-            training.objective,
-            training.bare.model,
+            objective,
+            model,
             batches(session.datasets["val"], steps, workers=0),
             accelerator.device,
             image_numbers=image_numbers,
@@ -110,8 +111,11 @@ def _finish(session: Session, config: Config, data: Data) -> None:
 
     training = session.training
     folder, objective = training.folder, training.bare
-    model = objective.model.cpu()
-    save(model, folder.weights, view=config.data.view, extra={"run": folder.name, "code_version": code_version()})
+    model = training.judged()[1].cpu()
+    about = {"run": folder.name, "code_version": code_version()}
+    if training.ema is not None:
+        about["weights"] = f"moving average, decay {training.ema.decay}"
+    save(model, folder.weights, view=config.data.view, extra=about)
     transitions = sum(p.numel() for name, p in objective.named_parameters() if name.startswith("transitions"))
     write_record(
         folder,

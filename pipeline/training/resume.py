@@ -101,7 +101,7 @@ def differences(then: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]
 def restore(training: Training, checkpoint: Path) -> None:
     """Put weights, moments, scaler and counters back, and cut the metrics back to the checkpoint."""
     state, accelerator = read_state(checkpoint), training.accelerator
-    load_checkpoint(checkpoint, training.bare, training.optimizer.optimizer)
+    load_checkpoint(checkpoint, training.bare, training.optimizer.optimizer, training.ema)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
     training.step, training.samples, training.seconds = state.step, state.samples, state.seconds
