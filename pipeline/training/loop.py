@@ -64,6 +64,7 @@ class Training:
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
     saved: int = -1  # the step of the newest checkpoint
+    overdue: bool = False  # whether a checkpoint is to be written as soon as the loss is what it was
     unread: list[Skip] = field(default_factory=list)  # of this process, since `samples` was last settled
     at_hand: list[int] = field(default_factory=list)  # rows of this process's batch, for messages
 
@@ -103,7 +104,9 @@ class Training:
                     figures = validate()
                     clock.started += clock.now() - self.seconds  # validation is not training time
                     self._write(tracker, {f"val/{key}": value for key, value in figures.items()})
-                if self._due(self.settings.checkpoint_every):
+                self.overdue |= self._due(self.settings.checkpoint_every)
+                # What may be the beginning of an explosion is not to push out the last good checkpoint.
+                if self.overdue and (not self.watch.above or self.step == total):
                     self.save()
 
     def ending_together(self) -> AbstractContextManager[None]:
@@ -129,7 +132,8 @@ class Training:
             if not self.together.total([stop()])[0] and self.together.total([problem is not None])[0]:
                 self.together.stop_for(problem)
             self.save()
-            raise Stopped(f"training at step {self.step:,} of {self.settings.total_steps:,}", "go on with --resume")
+            where = f"training at step {self.step:,} of {self.settings.total_steps:,}"
+            self.together.stop(Stopped(where, "go on with --resume"))
         assert batch is not None
         return batch
 
@@ -245,14 +249,14 @@ class Training:
                 losses=list(self.watch.losses),
                 above=self.watch.above,
             )
-            keep = self.settings.keep_checkpoints
+            keep = self.settings.keep_checkpoints + (self.watch.above > 0)
             try:
                 make_durable(self.folder.metrics)
                 save_checkpoint(self.folder.checkpoints, state, self.bare, self.optimizer.optimizer, keep=keep)
             except (PipeError, OSError) as error:
                 problem = self._explained(error) or PipeError(f"cannot save: {error}", where=self.folder.path)
         self.together.agree(problem)
-        self.saved = self.step
+        self.saved, self.overdue = self.step, False
 
 
 class _Clock:
