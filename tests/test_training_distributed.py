@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from toy_training import ROWS, STEPS, ToyModel, ToyObjective, batch_of, batches, make, outcome, stopping_when
+from toy_training import (
+    ROWS,
+    STEPS,
+    ToyModel,
+    ToyObjective,
+    batch_of,
+    batches,
+    labelled_images,
+    make,
+    outcome,
+    stopping_when,
+    zero_shot_of,
+)
 
 from pipeline.errors import PipeError
 from pipeline.training import checkpoint
@@ -32,6 +44,10 @@ def as_one_of(number: int, world: int) -> dict[str, Any]:
     folder = Path(str(shared[0]))
     for name, case in CASES.items():
         found |= {f"{name}/{key}": value for key, value in case(folder / name, number == world - 1).items()}
+    if number == 0:
+        labelled_images(folder / "shapes")
+    dist.barrier()
+    found |= zero_shot_of(folder / "shapes").measure(ToyModel(), torch.device("cpu"))
     return found | {f"validation/{key}": value for key, value in _validated(number, world).items()}
 
 
@@ -128,7 +144,6 @@ CASES = {
 
 def _validated(number: int, world: int) -> dict[str, float]:
     """Two captions an image, rows that share an image, one row that cannot be read; an uneven last batch."""
-    torch.manual_seed(3)
     rows, model = np.arange(23), ToyModel()
     objective = ToyObjective(lambda progress, loss: loss)
     tokenizer = lambda texts: torch.tensor([[int(x) for x in text.split()] for text in texts]).reshape(-1, 2)  # noqa: E731
@@ -193,3 +208,12 @@ def test_validation_of_several_processes_equals_that_of_one(gloo, world):
         shared = {key.removeprefix("validation/"): value for key, value in of.items() if key.startswith("validation/")}
         recall = {key: value for key, value in alone.items() if key != "distance"}
         assert {key: shared[key] for key in recall} == pytest.approx(recall)
+
+
+@WORLDS
+def test_zero_shot_of_several_processes_equals_that_of_one(gloo, tmp_path, world):
+    labelled_images(tmp_path)
+    alone = zero_shot_of(tmp_path).measure(ToyModel(), torch.device("cpu"))
+    assert 0 < alone["zero_shot/shapes/top1"] < 1
+    for of in gloo["test_training_distributed"][world]:
+        assert of["zero_shot/shapes/top1"] == alone["zero_shot/shapes/top1"]

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.evaluation.datasets import open_classification
 from pipeline.run_folder import RunFolder
 from pipeline.training import loop
 from pipeline.training.data import Batch
 from pipeline.training.loop import LoopSettings, Training
 from pipeline.training.sampler import BatchPlan
 from pipeline.training.schedule import parameter_groups
+from pipeline.training.zero_shot import ZeroShot
 
 ROWS, STEPS, BATCH = 40, 12, 8
 
@@ -60,8 +63,11 @@ class Optimizer(torch.optim.AdamW):
 
 
 class ToyModel(nn.Module):
+    """Its weights are the same in every process."""
+
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(3)
         self.image, self.text = nn.Linear(12, 4), nn.Embedding(64, 4)
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -104,7 +110,6 @@ def make(
     folder: Path, *, spoil: Callable[[float, Tensor], Tensor] = lambda progress, loss: loss, **settings: Any
 ) -> Training:
     """A run in `folder`, ready to begin."""
-    torch.manual_seed(0)
     processes, objective = Processes(), ToyObjective(spoil)
     optimizer = Optimizer(parameter_groups(objective.named_parameters(), weight_decay=0.1), lr=0.01)
     asked = {
@@ -158,3 +163,28 @@ def stopping_when(wanted: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         loop.stop_on_signals = before
+
+
+def labelled_images(root: Path) -> None:
+    """test/CLASS/N.png: three classes, 13 pictures that say little of them, and a file that is none."""
+    generator = np.random.default_rng(4)
+    for number in range(13):
+        folder = root / "test" / f"class {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 255, (2, 2, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (root / "test" / "class 1" / "torn.png").write_bytes(b"not a picture")
+
+
+def zero_shot_of(root: Path) -> ZeroShot:
+    """Measured on `labelled_images`, with what `ToyModel` reads."""
+    data = open_classification(root, ["test"], root / "cache")
+
+    def tokens(texts: list[str]) -> Tensor:
+        return torch.tensor([[len(text), sum(map(ord, text))] for text in texts]) % 64
+
+    def pixels(image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255 - 0.5
+
+    split, templates = data.splits["test"], ("a {c}", "one {c} more")
+    return ZeroShot("shapes", split, data.class_names, templates, pixels, tokens, batch_size=4, workers=1)
