@@ -33,7 +33,8 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import checkpoints, newest_whole
 from pipeline.training.resume import begin
 from pipeline.training.tracking import read_metrics
-from pipeline.training.validation import Captions, even_batches, validate, validation_steps
+from pipeline.training.validation import even_batches, validate, validation_steps
+from pipeline.training.validation_pairs import Captions
 
 
 def as_one_of(number: int, world: int) -> dict[str, Any]:

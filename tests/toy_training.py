@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,13 @@ class ToyModel(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         return nn.functional.normalize(self.text(tokens).mean(1), dim=-1)
+
+    def text_nodes(self, tokens: Tensor) -> dict[str, Tensor]:
+        return {"trunk": self.encode_text(tokens)}
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Any:
+        z, t = self.encode_image(images), self.encode_text(tokens)
+        return SimpleNamespace(v=z, w=t, z=z, t=t, image=None, text=None, logit_scale=torch.tensor(1.0))
 
 
 class ToyObjective(nn.Module):
