@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.console import Progress, progress
+from pipeline.console import Progress
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder
 from pipeline.signals import stop_on_signals
 from pipeline.training.checkpoint import State, save_checkpoint
+from pipeline.training.clock import Clock, bar_of
 from pipeline.training.data import Batch
 from pipeline.training.divergence import Watch
 from pipeline.training.failures import explained, nothing_readable
@@ -92,8 +92,8 @@ class Training:
         total, shown = self.settings.total_steps, self.accelerator.is_main_process
         log_to = Tracker(self.folder if shown else None, wandb=self.wandb, config=self.config, first=self.step == 0)
         pairs = total * self.settings.batch_size
-        with log_to as tracker, stop_on_signals() as stop, _bar(pairs, self.samples, shown) as bar:
-            clock = _Clock(self.seconds)
+        with log_to as tracker, stop_on_signals() as stop, bar_of(pairs, self.samples, shown) as bar:
+            clock = Clock(self.seconds)
             while self.step < total:
                 batch = self._read(batches, stop)
                 logs = self._step(batch)
@@ -257,22 +257,3 @@ class Training:
                 problem = self._explained(error) or PipeError(f"cannot save: {error}", where=self.folder.path)
         self.together.agree(problem)
         self.saved, self.overdue = self.step, False
-
-
-class _Clock:
-    """Seconds spent, counted on from an earlier session."""
-
-    def __init__(self, already: float) -> None:
-        self.started = time.monotonic() - already
-
-    def now(self) -> float:
-        return time.monotonic() - self.started
-
-
-@contextmanager
-def _bar(total: int, done: int, shown: bool) -> Iterator[Progress]:
-    if not shown:
-        yield Progress("training", total, "pairs")
-        return
-    with progress("training", total=total - done, unit="pairs") as bar:
-        yield bar
