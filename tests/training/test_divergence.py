@@ -35,6 +35,10 @@ def test_losses_above_the_bound_for_long_enough_are_one_and_do_not_move_it(tmp_p
     for each in (of, restored):
         assert "above 10 times its median 5 for 3 steps" in str(each.explodes(51.0))
     assert watch(tmp_path, factor=None, steps=1).explodes(1e9) is None
+    of = watch(tmp_path, factor=10.0, steps=30)
+    found = [of.explodes(loss) for loss in [5.0] * LEAST + [51.0] * 30]
+    assert found[:-1] == [None] * (LEAST + 29)
+    assert "its median 5 for 30 steps" in str(found[-1])
 
 
 def test_near_zero_nothing_is_an_explosion_below_the_factor_itself(tmp_path: Path) -> None:
