@@ -53,6 +53,10 @@ class TinyModel(nn.Module):
         text = F.normalize(self.text(tokens), dim=1)
         return self._side("text", text)[0] if self.has_student else text
 
+    def text_nodes(self, tokens: Tensor) -> dict[str, Tensor]:
+        text = F.normalize(self.text(tokens), dim=1)
+        return {"trunk": text, "gated": self._side("text", text)[0]} if self.has_student else {"trunk": text}
+
     def forward(self, images: Tensor, tokens: Tensor) -> SimpleNamespace:
         flat = images.flatten(1).to(self.image.weight.dtype)
         image, text = self.image(flat) + 0.0 * self.pool(flat).sum(), self.text(tokens)
