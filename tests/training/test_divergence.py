@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from toy_training import Processes, ToyModel, batch_of
 
 from pipeline.errors import PipeError
@@ -70,12 +71,15 @@ def test_updates_that_the_scaler_leaves_out_are_no_error_unless_it_leaves_out_al
 
 
 def test_rows_with_bad_pixels_targets_or_embeddings_are_found_and_the_model_is_left_as_it_was() -> None:
-    model = ToyModel().train()
+    model = ToyModel()
+    model.image = nn.Sequential(model.image, nn.BatchNorm1d(4))  # in training mode one bad row would spoil all
+    model.train()
     model.text.weight.data[13] = float("inf")
     batch = batch_of(0, 0, torch.arange(10, 16).numpy())
     batch.images[1, 0, 0, 0] = float("nan")
     batch.targets = {"global": torch.ones(6, 2, dtype=torch.float16), "fine": torch.ones(6, 4, 2, dtype=torch.int8)}
     batch.targets["global"][5, 1] = float("inf")
-    model.image.eval()
+    model.text.eval()
     assert rows_not_finite(model, batch) == [11, 13, 15]
-    assert (model.training, model.image.training, model.text.training) == (True, False, True)
+    assert (model.training, model.image.training, model.text.training) == (True, True, False)
+    assert int(model.image[1].num_batches_tracked) == 0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch import nn
 from toy_training import ToyModel, labelled_images, zero_shot_of
 
 from pipeline.config import load_config
@@ -20,10 +21,14 @@ def test_it_is_the_share_of_readable_images_nearest_to_their_class(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     labelled_images(tmp_path)
-    of, model = zero_shot_of(tmp_path), ToyModel().train()
+    of, model = zero_shot_of(tmp_path), ToyModel()
+    model.image = nn.Sequential(model.image, nn.BatchNorm1d(4))
+    model.train()
     found = of.measure(model, torch.device("cpu"))
     of.measure(model, torch.device("cpu"))
     assert model.training
+    model.eval()
+    assert int(model.image[1].num_batches_tracked) == 0
     texts = model.encode_text(of.tokenizer(prompts(of.class_names, of.templates))).detach().double().numpy()
     means = texts.reshape(3, 2, -1).mean(1)
     hits = []
