@@ -119,10 +119,32 @@ def test_a_run_without_a_checkpoint_begins_with_empty_files(tmp_path: Path) -> N
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_out_of_memory_names_step_rows_and_checkpoint(tmp_path: Path) -> None:
+def test_a_stop_goes_before_an_error_of_the_data_workers(tmp_path: Path) -> None:
+    """A signal to all processes of a job may have hit them too; what is trained is whole and is saved."""
+    training = make(tmp_path)
+
+    def source() -> object:
+        yield from list(batches(training))[:3]
+        ask_to_stop()
+        raise PipeError("a process that reads batches was killed")
+
+    assert "Stopped: training at step 3" in outcome(training, source())  # type: ignore[arg-type]
+    assert [path.name for path in checkpoints(training.folder.checkpoints)] == ["step-00000003"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_out_of_memory_names_step_rows_and_checkpoint(tmp_path: Path, error: Exception) -> None:
     def spoil(progress: float, loss: torch.Tensor) -> torch.Tensor:
         if progress >= 0.5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise error
         return loss
 
     training = make(tmp_path, spoil=spoil)
