@@ -7,6 +7,7 @@ The teacher itself is neither loaded nor needed. Alone, the command takes every 
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Any
 
 from pipeline.config import Config
@@ -122,7 +123,8 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     stream = batches(
         session.datasets["train"], plan.steps(start=training.step, **place), workers=session.workers, pin_memory=pin
     )
-    training.run(stream, measure)
+    with closing(stream):  # also after an error: its workers would outlive it
+        training.run(stream, measure)
 
 
 def _finish(session: Session, config: Config, data: Data) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
@@ -11,24 +10,24 @@ from pipeline.run_folder import sha256_file
 
 if TYPE_CHECKING:
     from pipeline.models.dinorankclip import DinoRankCLIP
+    from pipeline.training.checkpoint import Found
 
 
-def origin(config: Config, checkpoint: Path | None) -> dict[str, str] | None:
+def origin(config: Config, found: Found | None) -> dict[str, str] | None:
     """{path, sha256} of the file that `model.init` means, None without; for the run's record and its checkpoints.
 
     Args:
-        checkpoint: from which the run goes on, which needs the file no more: where it is gone, the hash is taken from
-            there; where it is another one now, the caller refuses.
+        found: the checkpoint from which the run goes on, which needs the file no more: where it is gone, the hash is
+            taken from there; where it is another one now, the caller refuses.
     """
     from pipeline.models.init_files import locate
-    from pipeline.training.checkpoint import read_state
 
     path = config.model.init
     if path is None:
         return None
-    if checkpoint is not None and not path.exists():
+    if found is not None and not path.exists():
         log.info("model.init %s is gone: the checkpoint has all that is needed", path)
-        return {"path": str(path), "sha256": str(read_state(checkpoint).data.get("init_sha256"))}
+        return {"path": str(path), "sha256": str(found.state.data.get("init_sha256"))}
     return {"path": str(path), "sha256": sha256_file(locate(path))}
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 HERE = Path(__file__).parent
-MODULES = ("test_distributed", "test_baselines_distributed")
+MODULES = ("test_distributed", "test_baselines_distributed", "test_training_distributed")
 WORLDS = (4, 2)
 
 Found = dict[str, dict[int, list[dict[str, Any]]]]  # module → number of processes → what each of them found

@@ -69,24 +69,27 @@ def run_case(method: str, rows: slice, at_once: int | None = None) -> dict[str, 
 
 
 def run_validation(rows: slice) -> dict[str, float]:
-    """What validation finds of `rows` of two batches, of a model that injects."""
+    """What validation finds of `rows` of two batches, of a model that injects; every image has two captions."""
     from tiny_model import batch, objective
 
     from pipeline.training.data import Batch
     from pipeline.training.validation import validate
     from pipeline.training.validation_pairs import Captions
 
-    tested, batches, texts = objective(order=1), [], []
+    tested, batches, words = objective(order=1), [], []
     for seed in (0, 1):
         images, tokens, stored = batch(PAIRS, seed=seed)
         numbers = torch.arange(PAIRS * seed, PAIRS * (seed + 1))
+        words.append(tokens)
         batches.append(Batch(0, 0, numbers[rows], images[rows], tokens[rows], {k: v[rows] for k, v in stored.items()}))
-        texts.append(tokens)
-    everyone, all_rows = torch.cat(texts), np.arange(2 * PAIRS)
+    every = np.arange(2 * PAIRS)
     captions = Captions.of(
-        all_rows, [*map(str, all_rows)], lambda row: [str(row)], lambda asked: everyone[[*map(int, asked)]]
+        every,
+        [str(n) for n in every],
+        lambda n: [str(n), str((n + 1) % len(every))],
+        lambda texts: torch.cat(words)[[int(text) for text in texts]],
     )
-    return validate(tested, tested.model, batches, torch.device("cpu"), captions=captions, even=1)
+    return validate(tested, tested.model, batches, torch.device("cpu"), captions=captions, even=2)
 
 
 def as_one_of(number: int, world: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ B: pairs in this process's batch; L: context length; C: components of a scale; g
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from pipeline.data.views import Preprocess
 from pipeline.errors import PipeError
 from pipeline.training.sampler import Step, caption_choice
 from pipeline.training.second_captions import SecondCaption
+
+LEFT_AFTER_SIGTERM_SECONDS = 30  # for a data worker: what clusters leave between SIGTERM and SIGKILL
 
 
 @dataclass
@@ -224,8 +226,10 @@ def permuted_rows(rows: np.ndarray, *, manifest_rows: int, seed: int) -> np.ndar
     return target
 
 
-def batches(dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
-    """Batches in the order of `steps`, read ahead by `workers` processes (0: in this one).
+def batches(
+    dataset: PairDataset, steps: Iterable[Step], *, workers: int, pin_memory: bool = False
+) -> Generator[Batch, None, None]:
+    """Batches in the order of `steps`, read ahead by `workers` processes (0: in this one); closing it ends them.
 
     Raises:
         PipeError: a worker met an error, or was killed.
@@ -273,9 +277,9 @@ class _Carrying(Dataset[Batch | PipeError]):
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach every process of a job. Batches must come until the trainer has saved; it
-    ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ends its workers itself. One that it forgets ends a while after the SIGTERM that every exit sends to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LEFT_AFTER_SIGTERM_SECONDS))
 
 
 class _Steps:

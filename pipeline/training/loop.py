@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.console import Progress, progress
+from pipeline.console import Progress
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder
 from pipeline.signals import stop_on_signals
 from pipeline.training.checkpoint import State, save_checkpoint
+from pipeline.training.clock import Clock, bar_of
 from pipeline.training.data import Batch
 from pipeline.training.divergence import Watch
 from pipeline.training.ema import MovingAverage
@@ -66,6 +66,7 @@ class Training:
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
     saved: int = -1  # the step of the newest checkpoint
+    overdue: bool = False  # whether a checkpoint is to be written as soon as the loss is what it was
     unread: list[Skip] = field(default_factory=list)  # of this process, since `samples` was last settled
     at_hand: list[int] = field(default_factory=list)  # rows of this process's batch, for messages
 
@@ -100,8 +101,8 @@ class Training:
         total, shown = self.settings.total_steps, self.accelerator.is_main_process
         log_to = Tracker(self.folder if shown else None, wandb=self.wandb, config=self.config, first=self.step == 0)
         pairs = total * self.settings.batch_size
-        with log_to as tracker, stop_on_signals() as stop, _bar(pairs, self.samples, shown) as bar:
-            clock = _Clock(self.seconds)
+        with log_to as tracker, stop_on_signals() as stop, bar_of(pairs, self.samples, shown) as bar:
+            clock = Clock(self.seconds)
             while self.step < total:
                 batch = self._read(batches, stop)
                 logs = self._step(batch)
@@ -112,7 +113,9 @@ class Training:
                     figures = validate()
                     clock.started += clock.now() - self.seconds  # validation is not training time
                     self._write(tracker, {f"val/{key}": value for key, value in figures.items()})
-                if self._due(self.settings.checkpoint_every):
+                self.overdue |= self._due(self.settings.checkpoint_every)
+                # What may be the beginning of an explosion is not to push out the last good checkpoint.
+                if self.overdue and (not self.watch.above or self.step == total):
                     self.save()
 
     def ending_together(self) -> AbstractContextManager[None]:
@@ -138,7 +141,8 @@ class Training:
             if not self.together.total([stop()])[0] and self.together.total([problem is not None])[0]:
                 self.together.stop_for(problem)
             self.save()
-            raise Stopped(f"training at step {self.step:,} of {self.settings.total_steps:,}", "go on with --resume")
+            where = f"training at step {self.step:,} of {self.settings.total_steps:,}"
+            self.together.stop(Stopped(where, "go on with --resume"))
         assert batch is not None
         return batch
 
@@ -256,30 +260,12 @@ class Training:
                 losses=list(self.watch.losses),
                 above=self.watch.above,
             )
-            keep, where = self.settings.keep_checkpoints, self.folder.checkpoints
+            keep = self.settings.keep_checkpoints + (self.watch.above > 0)
+            where = self.folder.checkpoints
             try:
                 make_durable(self.folder.metrics)
                 save_checkpoint(where, state, self.bare, self.optimizer.optimizer, keep=keep, ema=self.ema)
             except (PipeError, OSError) as error:
                 problem = self._explained(error) or PipeError(f"cannot save: {error}", where=self.folder.path)
         self.together.agree(problem)
-        self.saved = self.step
-
-
-class _Clock:
-    """Seconds spent, counted on from an earlier session."""
-
-    def __init__(self, already: float) -> None:
-        self.started = time.monotonic() - already
-
-    def now(self) -> float:
-        return time.monotonic() - self.started
-
-
-@contextmanager
-def _bar(total: int, done: int, shown: bool) -> Iterator[Progress]:
-    if not shown:
-        yield Progress("training", total, "pairs")
-        return
-    with progress("training", total=total - done, unit="pairs") as bar:
-        yield bar
+        self.saved, self.overdue = self.step, False

@@ -11,11 +11,12 @@ Legend: W processes.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ class Together:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.ending: BaseException | None = None  # what all processes have agreed to end with
 
     @property
     def name(self) -> str:
@@ -76,9 +78,13 @@ class Together:
     def stop_for(self, problem: PipeError | None) -> None:
         """`agree`, where all processes know already that some has a problem."""
         first = next(found for found in self.everyones(problem) if found is not None)
-        if self.rank > 0:
-            raise SystemExit(1)
-        raise Agreed(first.what, where=first.where, fix=first.fix) from problem
+        self.ending = SystemExit(1) if self.rank > 0 else Agreed(first.what, where=first.where, fix=first.fix)
+        raise self.ending from problem
+
+    def stop(self, stopped: Stopped) -> NoReturn:
+        """End here as every other process does, at a signal."""
+        self.ending = stopped
+        raise stopped
 
     @contextmanager
     def guard(self, explain: Callable[[Exception], PipeError | None]) -> Iterator[None]:
@@ -87,34 +93,41 @@ class Together:
         Args:
             explain: an unforeseen error in our words; None where there are none for it.
         """
-        if self.world == 1:
+        with _looking(_Note(self.rank)) if self.world > 1 else nullcontext() as note:
             try:
                 yield
-            except Exception as error:
-                _raise_explained(error, explain)
-            return
-        with _looking(_Note(self.rank)) as note:
-            try:
-                yield
-            except (Agreed, Stopped):
-                raise
-            except Exception as error:
-                if _lost_contact(error):
-                    who = note.read(patience=5.0)
-                    if who is not None:
-                        raise SystemExit(1) from error
-                    what = f"another process is gone (seen{self.name})"
-                    problem = explain(PipeError(what, fix="see its own lines: it may have been killed, out of memory"))
-                    raise problem or error from error
+            except BaseException as raised:
+                error = self._why(raised)
+                if isinstance(error, Exception) and not isinstance(error, (Agreed, Stopped)):
+                    error = self._unforeseen(error, note, explain)
+                if error is raised:
+                    raise
+                raise error from raised
+
+    def _why(self, raised: BaseException) -> BaseException:
+        """What is ending this process. A launcher that sees one process end sends the others SIGTERM, which must not
+        hide what they have to say."""
+        found = raised
+        if isinstance(raised, KeyboardInterrupt):
+            on_its_way = raised.__context__ if isinstance(raised.__context__, Exception) else None
+            found = self.ending or on_its_way or raised
+        ours = threading.current_thread() is threading.main_thread() and not isinstance(found, KeyboardInterrupt)
+        if self.world > 1 and ours:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return found
+
+    def _unforeseen(
+        self, error: Exception, note: _Note | None, explain: Callable[[Exception], PipeError | None]
+    ) -> BaseException:
+        """An error that no other process knows of, or that comes of another one's end."""
+        if note is None or not _lost_contact(error):
+            if note is not None:
                 note.leave()
-                _raise_explained(error, explain)
-
-
-def _raise_explained(error: Exception, explain: Callable[[Exception], PipeError | None]) -> None:
-    found = None if isinstance(error, (Agreed, Stopped)) else explain(error)
-    if found is None or found is error:
-        raise error
-    raise found from error
+            return explain(error) or error
+        if note.read(patience=5.0) is not None:
+            return SystemExit(1)  # the one that failed says why
+        gone = PipeError("another process is gone", fix="see its own lines: it may have been killed, or out of memory")
+        return explain(gone) or gone
 
 
 def _lost_contact(error: Exception) -> bool:

@@ -54,7 +54,8 @@ class TinyModel(nn.Module):
         return self._side("text", text)[0] if self.has_student else text
 
     def text_nodes(self, tokens: Tensor) -> dict[str, Tensor]:
-        return {"trunk": F.normalize(self.text(tokens), dim=1), "gated": self.encode_text(tokens)}
+        text = F.normalize(self.text(tokens), dim=1)
+        return {"trunk": text, "gated": self._side("text", text)[0]} if self.has_student else {"trunk": text}
 
     def forward(self, images: Tensor, tokens: Tensor) -> SimpleNamespace:
         flat = images.flatten(1).to(self.image.weight.dtype)

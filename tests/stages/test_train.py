@@ -177,6 +177,16 @@ def test_two_processes_train_like_one(folder):
     two = Workspace(folder / "workspace").run("two")
     assert json.loads(two.record.read_text())["world_size"] == 2
     assert losses(two) == pytest.approx(losses(one), rel=1e-3)
+    for key in (
+        "step",
+        "samples",
+        "epoch",
+        "train/lr",
+        "train/weight/simclr",
+    ):  # schedules count samples, not processes
+        found = [[line[key] for line in read_metrics(of.metrics) if "train/loss" in line] for of in (one, two)]
+        assert found[1] == found[0], key
+    assert two.skipped.read_bytes() == one.skipped.read_bytes() != b""
     val = [[line for line in read_metrics(of.metrics) if "val/loss" in line][-1] for of in (one, two)]
     for key in ("val/loss", "val/i2t_r1", "val/t2i_r1_trunk", "val/gram/fine", "val/rkd/global"):
         assert val[1][key] == pytest.approx(val[0][key], rel=1e-3), key

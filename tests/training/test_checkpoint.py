@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -10,7 +11,15 @@ from torch import nn
 
 from pipeline.errors import PipeError
 from pipeline.training import checkpoint as subject
-from pipeline.training.checkpoint import State, checkpoints, load_checkpoint, read_state, save_checkpoint
+from pipeline.training.checkpoint import (
+    State,
+    checkpoints,
+    clear_up,
+    load_checkpoint,
+    newest_whole,
+    read_state,
+    save_checkpoint,
+)
 from pipeline.training.schedule import parameter_groups
 
 
@@ -136,3 +145,87 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other = nn.Linear(4, 8)
     with pytest.raises(PipeError, match="does not fit this model"):
         load_checkpoint(saved, other, torch.optim.AdamW(parameter_groups(other.named_parameters(), weight_decay=0)))
+
+
+# ---- which one a run goes on from ------------------------------------------------------------------------------------
+
+
+def spoil(checkpoint):
+    data = bytearray((checkpoint / "optimizer.safetensors").read_bytes())
+    data[-3] ^= 4
+    (checkpoint / "optimizer.safetensors").write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_gone_back_from_and_set_aside(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, state(step), model, optimizer, keep=3)
+    spoil(tmp_path / "step-00000003")
+    (tmp_path / "step-00000002" / "objective.safetensors").unlink()
+    found = newest_whole(tmp_path)
+    assert (found.path.name, found.state) == ("step-00000001", state(1))
+    (tmp_path / ".step-00000004.tmp").mkdir()
+    (tmp_path / ".step-00000001.old").mkdir()
+    clear_up(tmp_path, found.damaged)
+    left = ["damaged-step-00000002", "damaged-step-00000003", "step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert newest_whole(tmp_path).damaged == ()
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_thrown_away(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    assert newest_whole(tmp_path) is None
+    for step in (1, 2):
+        spoil(save_checkpoint(tmp_path, state(step), model, optimizer, keep=2))
+    with pytest.raises(PipeError, match=r"all 2 checkpoints are damaged.*remove this folder"):
+        newest_whole(tmp_path)
+    assert len(checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [2, 5]), (2, [1, 2, 5])])
+def test_pruning_never_takes_the_one_just_written(tmp_path, keep, left):
+    """A later one may be there that nobody goes on from."""
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    for step in (1, 5):
+        save_checkpoint(tmp_path, state(step), model, optimizer, keep=9)
+    save_checkpoint(tmp_path, state(2), model, optimizer, keep=keep)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{step:08d}" for step in left]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_killed_at_any_rename_a_whole_checkpoint_is_left(tmp_path, monkeypatch, number):
+    """Also where the same step was saved before, and where only one is kept."""
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step), model, optimizer, keep=2)
+    calls = []
+
+    def counted(original):
+        def call(*arguments, **named):
+            calls.append(1)
+            if len(calls) > number:
+                raise KeyboardInterrupt
+            return original(*arguments, **named)
+
+        return call
+
+    for name, module in (("replace", subject.os), ("rmtree", subject.shutil)):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    with contextlib.suppress(KeyboardInterrupt):
+        save_checkpoint(tmp_path, state(2), model, optimizer, keep=1)
+    monkeypatch.undo()
+    assert newest_whole(tmp_path).state.step in (1, 2)
+
+
+def test_a_state_without_the_fields_that_came_later_is_read(tmp_path):
+    model, optimizer = make()
+    train(model, optimizer, 1, seed=1)
+    saved = save_checkpoint(tmp_path, state(1), model, optimizer, keep=2)
+    body = json.loads((saved / "state.json").read_text())
+    del body["losses"], body["above"]
+    (saved / "state.json").write_text(json.dumps(body))
+    assert read_state(saved) == state(1)
