@@ -112,6 +112,7 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
             captions=captions,
             even=even_batches(len(val), batch_size),
             note=lambda batch: training.note_failed(batch, "val"),
+            at_once=config.train.micro_batch_size,
         )
         if zero_shot is not None:
             figures |= zero_shot.measure(training.bare.model, accelerator.device)

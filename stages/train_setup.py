@@ -35,6 +35,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
 
     from pipeline.training import machine
     from pipeline.training.loop import Training
+    from pipeline.training.memory import save_memory
     from pipeline.training.schedule import parameter_groups
 
     accelerator = Accelerator(
@@ -44,6 +45,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     objective = build_objective(config, data.cache)
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
+    save_memory(objective, micro_batch_size=config.train.micro_batch_size, batch_size=config.train.batch_size)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     datasets = _datasets(config, data, objective.model)

@@ -1,4 +1,7 @@
-"""Two and four gloo processes against one: the same loss and the same gradients, in float64, for every method."""
+"""Two and four gloo processes against one: the same loss and the same gradients, in float64, for every method.
+
+Their rows all at once, and a few at a time (GradCache).
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 PAIRS = 8
 SPLITS = {2: ((4, 4), (5, 3)), 4: ((3, 1, 2, 2),)}
-CASES = [(world, split, method) for world, splits in SPLITS.items() for split in splits for method in METHODS]
+AT_ONCE = (None, 2)
+CASES = [
+    (world, split, method, rows)
+    for world, splits in SPLITS.items()
+    for split in splits
+    for method in METHODS
+    for rows in AT_ONCE
+]
 
 
-def run_case(method: str, rows: slice) -> dict[str, Any]:
+def run_case(method: str, rows: slice, at_once: int | None = None) -> dict[str, Any]:
     """Loss, logs, gradients and buffers of one step on `rows` of the batch, the second for statistics that add up."""
     from tiny_model import batch, extras, objective
 
@@ -40,6 +50,7 @@ def run_case(method: str, rows: slice) -> dict[str, Any]:
     stored = {key: value[rows] for key, value in stored.items()} if tested.model.has_student else None
     more = {key: value[rows] for key, value in extras(PAIRS).items()}
     tested.log_details = tested.keep_terms = True
+    tested.micro_batch_size = at_once
     tested(images[rows].flip(3), tokens[rows], stored, 0.5, **more)
     loss, logs = tested(images[rows], tokens[rows], stored, 0.5, **more)
     terms = term_norms(tested.terms, list(tested.parameters()))
@@ -83,7 +94,9 @@ def as_one_of(number: int, world: int) -> dict[str, Any]:
     for split in SPLITS[world]:
         first = sum(split[:number])
         for method in METHODS:
-            found[f"{method} {split}"] = run_case(method, slice(first, first + split[number]))
+            for at_once in AT_ONCE:
+                own = slice(first, first + split[number])
+                found[f"{method} {split} {at_once}"] = run_case(method, own, at_once)
         found[f"validation {split}"] = run_validation(slice(first, first + split[number]))
     barrier()
     return found
@@ -128,11 +141,12 @@ def test_gather_drops_its_padding_and_sums_gradients_over_ranks(processes: list[
         torch.testing.assert_close(p["gradient"], gradient[rows])
 
 
-@pytest.mark.parametrize(("world", "split", "method"), CASES)
+@pytest.mark.parametrize(("world", "split", "method", "at_once"), CASES)
 def test_several_processes_equal_one(
     world: int,
     split: tuple[int, ...],
     method: str,
+    at_once: int | None,
     worlds: dict[int, list[dict[str, Any]]],
     alone: dict[str, dict[str, Any]],
 ) -> None:
@@ -141,7 +155,7 @@ def test_several_processes_equal_one(
         assert whole["gradients"]["transitions.image.key.weight"].abs().max() > 1e-6
     assert whole["terms"].keys() >= {"contrastive"}
     for process in worlds[world]:
-        part = process[f"{method} {split}"]
+        part = process[f"{method} {split} {at_once}"]
         torch.testing.assert_close(part["loss"], whole["loss"], rtol=1e-12, atol=1e-12)
         for kind in ("gradients", "buffers", "terms", "logs"):
             assert part[kind].keys() == whole[kind].keys()

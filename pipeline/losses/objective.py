@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from pipeline.distributed import mean_over_ranks
 from pipeline.errors import PipeError
 from pipeline.losses.agreement import order_agreement
+from pipeline.losses.chunks import in_chunks, nothing
 from pipeline.losses.contrastive import AdaptiveWeights, alip, cyclic, info_nce, simclr
 from pipeline.losses.lists import ListSettings, list_loss
 from pipeline.losses.pairs import Pairs
@@ -40,6 +42,20 @@ if TYPE_CHECKING:
     from pipeline.models.dinorankclip import DinoRankCLIP, Forward
 
 FIRST_RESIDUAL = 8.0  # a random student's contrasts, shrunk by 1 + ρ², are then small beside the teacher's
+
+
+@dataclass
+class Encoded:
+    """What the model makes of a batch, row by row: all that the losses read.
+
+    Attributes:
+        out: of the pairs. second: (B, D), the second captions' outputs; None where no loss asks for them.
+        pooled: (B, P) for each of the two augmented views; None without a SimCLR term.
+    """
+
+    out: Forward
+    second: Tensor | None = None
+    pooled: tuple[Tensor, Tensor] | None = None
 
 
 class Objective(nn.Module):
@@ -58,6 +74,7 @@ class Objective(nn.Module):
             the same on every process.
         keep_terms: leave every weighted term of the next training forward in `terms`, name → (), with its graph. Also
             the same on every process.
+        micro_batch_size: rows that the model encodes at once; None: all. See losses.chunks.
     """
 
     def __init__(
@@ -99,6 +116,7 @@ class Objective(nn.Module):
             SimCLRHead(model.trunk.pooled_width, weights.simclr_hidden, weights.simclr_dim) if weights.simclr else None
         )
         self.log_details = self.keep_terms = False
+        self.micro_batch_size: int | None = None
         self.terms: dict[str, Tensor] = {}
 
     def forward(
@@ -124,14 +142,15 @@ class Objective(nn.Module):
             (W/N) Σ over own pairs, (), with gradient; and detached scalars, averaged over processes where they are to
             be logged (`log_details`, or in evaluation mode), else this process's own.
         """
-        out = self.model(images, tokens)
-        second = self._second(second_tokens)
-        projected = self._projected(augmented)
+        inputs = (images, tokens, second_tokens, augmented)
+        encoded: Encoded = in_chunks(self._encode, inputs, self.micro_batch_size, inside=self.model)
+        out = encoded.out
+        projected = self._projected(encoded.pooled)
         with torch.autocast(images.device.type, enabled=False):
             v, w, s = (at_least_float32(x) for x in (out.v, out.w, out.logit_scale))
             pairs = Pairs.gathered(v, w, s)
             found = Sum(_touch(out, [*self.transitions.parameters(), *self.residuals.parameters()]))
-            self._contrastive(found, pairs, second)
+            self._contrastive(found, pairs, encoded.second)
             self._lists(found, pairs, progress)
             self._distillation(found, out, targets, pairs)
             add_gate(found, out, pairs, self.loss_weights, self._gate_on)
@@ -140,7 +159,7 @@ class Objective(nn.Module):
             shown = self.log_details or not self.training
             if shown:
                 found.logs |= order_agreement(pairs)
-        self.terms = found.terms if self._keeps else {}
+        self.terms = self._whole(found.terms, encoded) if self._keeps else {}
         logs = {"loss": found.total} | found.logs
         return found.total, _averaged(logs) if shown else {k: value.detach().clone() for k, value in logs.items()}
 
@@ -148,6 +167,19 @@ class Objective(nn.Module):
     def _keeps(self) -> bool:
         """Validation comes between two steps, of which the first may have been measured."""
         return self.keep_terms and self.training
+
+    def _encode(
+        self, images: Tensor, tokens: Tensor, second_tokens: Tensor | None, augmented: Tensor | None
+    ) -> Encoded:
+        """Everything that is done row by row, and so may be done for a part of the rows."""
+        return Encoded(self.model(images, tokens), self._second(second_tokens), self._pooled(augmented))
+
+    def _whole(self, terms: dict[str, Tensor], encoded: Encoded) -> dict[str, Tensor]:
+        """The terms; in chunks, each with edges to all outputs, so that its gradient leaves no activation behind."""
+        if self.micro_batch_size is None:
+            return terms
+        none = nothing(encoded)
+        return {name: term + none for name, term in terms.items()}
 
     def _second(self, tokens: Tensor | None) -> Tensor | None:
         """The second captions' outputs (B, D); None where no loss asks for them."""
@@ -157,14 +189,20 @@ class Objective(nn.Module):
             raise PipeError("a batch without second captions cannot be trained on by ALIP", fix="run: pipe caption")
         return at_least_float32(self.model.encode_text(tokens))
 
-    def _projected(self, augmented: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """The augmented views (B, E) each; encoded one by one, so that batch norms see one view at a time."""
+    def _pooled(self, augmented: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The augmented views' features (B, P) each; encoded one by one, so that batch norms see one view at a time."""
         if self.simclr is None:
             return None
         if augmented is None:
             raise PipeError("a batch without augmented views has no SimCLR loss", where="loss.simclr")
-        first, second = (self.simclr(self.model.trunk.pooled(view)) for view in augmented.unbind(1))
+        first, second = (self.model.trunk.pooled(view) for view in augmented.unbind(1))
         return first, second
+
+    def _projected(self, pooled: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """(B, E) each; the head's batch norms are over all rows of all processes."""
+        if self.simclr is None or pooled is None:
+            return None
+        return self.simclr(pooled[0]), self.simclr(pooled[1])
 
     def _contrastive(self, found: Sum, pairs: Pairs, second: Tensor | None) -> None:
         """InfoNCE or ALIP's loss, and CyCLIP's terms."""
