@@ -213,6 +213,7 @@ class TrainConfig(Section):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0)] = 1e-8  # AdamW's ε
     grad_clip: Weight = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an average of the weights, which the run leaves
     warmup_steps: Annotated[int, Field(ge=0)] = 1500
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     seed: int = 0

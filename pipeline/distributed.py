@@ -55,6 +55,12 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return total / world_size()
 
 
+def copy_from_first(x: Tensor) -> None:
+    """Overwrite x by that of process 0."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+
+
 def gather_with_grad(x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """All processes' rows, by rank: x (B, ...) → (N, ...).
 

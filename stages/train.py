@@ -104,9 +104,12 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     batch_size = config.train.batch_size
 
     def measure() -> dict[str, float]:
+        if training.ema is not None:
+            training.ema.share()
+        objective, model = training.judged()
         figures = validate(
-            training.objective,
-            training.bare.model,
+            objective,
+            model,
             batches(dataset, validation_steps(val, batch_size=batch_size, **place), workers=0),
             accelerator.device,
             captions=captions,
@@ -115,7 +118,7 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
             at_once=config.train.micro_batch_size,
         )
         if zero_shot is not None:
-            figures |= zero_shot.measure(training.bare.model, accelerator.device)
+            figures |= zero_shot.measure(model, accelerator.device)
         return figures
 
     stream = batches(
@@ -131,8 +134,11 @@ def _finish(session: Session, config: Config, data: Data) -> None:
 
     training = session.training
     folder, objective = training.folder, training.bare
-    model = objective.model.cpu()
-    save(model, folder.weights, view=config.data.view, extra={"run": folder.name, "code_version": code_version()})
+    model = training.judged()[1].cpu()
+    about = {"run": folder.name, "code_version": code_version()}
+    if training.ema is not None:
+        about["weights"] = f"moving average, decay {training.ema.decay}"
+    save(model, folder.weights, view=config.data.view, extra=about)
     transitions = sum(p.numel() for name, p in objective.named_parameters() if name.startswith("transitions"))
     write_record(
         folder,

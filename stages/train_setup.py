@@ -34,6 +34,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     from accelerate.utils import set_seed
 
     from pipeline.training import machine
+    from pipeline.training.ema import MovingAverage
     from pipeline.training.loop import Training
     from pipeline.training.memory import save_memory
     from pipeline.training.schedule import parameter_groups
@@ -46,6 +47,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
     save_memory(objective, micro_batch_size=config.train.micro_batch_size, batch_size=config.train.batch_size)
+    ema = None if config.train.ema is None else MovingAverage(objective, config.train.ema)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     datasets = _datasets(config, data, objective.model)
@@ -58,9 +60,11 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         write_record(folder, config, {"finished": False, "init": data.init, "code_version": code_version()})
     accelerator.wait_for_everyone()
     wrapped, prepared = accelerator.prepare(objective, optimizer)
+    if ema is not None:
+        ema.module = accelerator.prepare_model(ema.module, evaluation_mode=True)  # its device and autocast, no DDP
     settings, about = _settings(config, plan), data.identity()
     training = Training(
-        accelerator, wrapped, prepared, settings, folder, config.dump(), about, wandb=config.train.wandb
+        accelerator, wrapped, prepared, settings, folder, config.dump(), about, wandb=config.train.wandb, ema=ema
     )
     return Session(training, plan, datasets, machine.data_workers(config.data.workers, accelerator.num_processes))
 

@@ -1,6 +1,6 @@
 """A run's state on disk: our own JSON beside safetensors, published whole or not at all.
 
-    checkpoints/step-00000500/{state.json, objective.safetensors, optimizer.safetensors}
+    checkpoints/step-00000500/{state.json, objective.safetensors, optimizer.safetensors}, ema.safetensors with train.ema
 
 There is no random state in it: every random choice of a run is a function of (seed, epoch, step).
 
@@ -14,7 +14,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from pipeline.console import log
 from pipeline.errors import PipeError
 from pipeline.run_folder import read_json, sha256_file, sync_folder
+from pipeline.training.ema import MovingAverage
 
 VERSION = 1
+EMA = "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,13 @@ class Found:
 
 
 def save_checkpoint(
-    folder: Path, state: State, objective: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
+    folder: Path,
+    state: State,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+    ema: MovingAverage | None = None,
 ) -> Path:
     """Write checkpoints/step-N beside the others, make it durable, then prune the oldest beyond `keep`.
 
@@ -87,7 +95,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write(temporary, state, objective, optimizer)
+        _write(temporary, state, objective, optimizer, ema)
         _retire(final)
         os.replace(temporary, final)
         sync_folder(folder)
@@ -102,18 +110,29 @@ def save_checkpoint(
     return final
 
 
-def _write(temporary: Path, state: State, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _write(
+    temporary: Path,
+    state: State,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: MovingAverage | None,
+) -> None:
     """All files of a checkpoint, durable."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in objective.state_dict().items()}
-    save_file(tensors, temporary / "objective.safetensors")
+    save_file(_on_cpu(objective.state_dict()), temporary / "objective.safetensors")
     save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-    digests = {name: sha256_file(temporary / name) for name in ("objective.safetensors", "optimizer.safetensors")}
+    if ema is not None:
+        save_file(_on_cpu(ema.state_dict()), temporary / EMA)
+    digests = {path.name: sha256_file(path) for path in sorted(temporary.glob("*.safetensors"))}
     body = asdict(state) | {"version": VERSION, "sha256": digests}
     (temporary / "state.json").write_text(json.dumps(body, indent=2), encoding="utf-8")
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     sync_folder(temporary)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def _retire(checkpoint: Path) -> None:
@@ -207,12 +226,16 @@ def _damaged(name: str, checkpoint: Path) -> Damaged:
     return Damaged(f"{name} is damaged or missing", where=checkpoint)
 
 
-def load_checkpoint(checkpoint: Path, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restore weights and optimiser moments in place, strictly."""
+def load_checkpoint(
+    checkpoint: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, ema: MovingAverage | None = None
+) -> None:
+    """Restore weights, optimiser moments and the weights' average in place, strictly."""
     try:
         objective.load_state_dict(load_file(checkpoint / "objective.safetensors"), strict=True)
         restore_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"))
-    except (RuntimeError, KeyError, SafetensorError) as error:
+        if ema is not None:
+            ema.load_state_dict(load_file(checkpoint / EMA))
+    except (RuntimeError, KeyError, FileNotFoundError, SafetensorError) as error:
         first = str(error).strip().splitlines()[-1].strip()
         raise PipeError(
             f"the checkpoint does not fit this model ({first})", where=checkpoint, fix="train anew"

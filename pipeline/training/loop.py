@@ -20,6 +20,7 @@ from pipeline.signals import stop_on_signals
 from pipeline.training.checkpoint import State, save_checkpoint
 from pipeline.training.data import Batch
 from pipeline.training.divergence import Watch
+from pipeline.training.ema import MovingAverage
 from pipeline.training.failures import explained, nothing_readable
 from pipeline.training.gradients import part_norms, term_norms
 from pipeline.training.schedule import learning_rate
@@ -60,6 +61,7 @@ class Training:
     config: dict[str, Any]
     data: dict[str, Any]  # what batches and targets are read from
     wandb: str | None = None  # a project to send the figures to
+    ema: MovingAverage | None = None  # of the bare objective, on its device
     step: int = 0
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
@@ -77,6 +79,10 @@ class Training:
     @property
     def bare(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.objective)
+
+    def judged(self) -> tuple[nn.Module, Any]:
+        """What validation looks at and the run leaves: the weights' average where there is one; objective, model."""
+        return (self.objective, self.bare.model) if self.ema is None else (self.ema.module, self.ema.module.model)
 
     def run(self, batches: Iterator[Batch], validate: Callable[[], dict[str, float]]) -> None:
         """Train from `self.step` to the end; on a signal, save and raise `Stopped`.
@@ -156,6 +162,8 @@ class Training:
         if detailed:
             logs |= self._part_gradients(norm, limit)
         self.optimizer.step()
+        if self.ema is not None and not self.optimizer.step_was_skipped:
+            self.ema.update(self.bare)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.samples += settings.batch_size
@@ -245,10 +253,10 @@ class Training:
                 losses=list(self.watch.losses),
                 above=self.watch.above,
             )
-            keep = self.settings.keep_checkpoints
+            keep, ema = self.settings.keep_checkpoints, self.ema
             try:
                 make_durable(self.folder.metrics)
-                save_checkpoint(self.folder.checkpoints, state, self.bare, self.optimizer.optimizer, keep=keep)
+                save_checkpoint(self.folder.checkpoints, state, self.bare, self.optimizer.optimizer, keep=keep, ema=ema)
             except (PipeError, OSError) as error:
                 problem = self._explained(error) or PipeError(f"cannot save: {error}", where=self.folder.path)
         self.together.agree(problem)

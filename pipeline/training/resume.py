@@ -125,7 +125,7 @@ def begin(training: Training, found: Found | None) -> None:
 
 def _restore(training: Training, found: Found) -> None:
     state, accelerator = found.state, training.accelerator
-    load_checkpoint(found.path, training.bare, training.optimizer.optimizer)
+    load_checkpoint(found.path, training.bare, training.optimizer.optimizer, training.ema)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
     training.step, training.samples, training.seconds = state.step, state.samples, state.seconds
