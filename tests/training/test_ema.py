@@ -105,5 +105,5 @@ def test_a_checkpoint_brings_it_back_to_the_bit(tmp_path: Any) -> None:
         assert torch.equal(restored.module.state_dict()[name], value), name
     without = save_checkpoint(tmp_path / "without", state, net, optimizer, keep=1)
     assert not (without / "ema.safetensors").exists()
-    with pytest.raises(PipeError, match="does not fit this model .No such file"):
+    with pytest.raises(PipeError, match=r"does not fit this model .No such file"):
         load_checkpoint(without, other, other_optimizer, restored)
