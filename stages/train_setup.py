@@ -46,7 +46,13 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     objective = build_objective(config, data.cache)
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
-    save_memory(objective, micro_batch_size=config.train.micro_batch_size, batch_size=config.train.batch_size)
+    train = config.train
+    save_memory(
+        objective,
+        micro_batch_size=train.micro_batch_size,
+        batch_size=train.batch_size,
+        grad_checkpointing=train.grad_checkpointing,
+    )
     ema = None if config.train.ema is None else MovingAverage(objective, config.train.ema)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)

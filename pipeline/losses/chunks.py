@@ -59,8 +59,8 @@ def nothing(encoded: Any) -> Tensor:
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether chunks make a difference to it."""
-    return any(isinstance(inner, _BatchNorm) for inner in module.modules())
+    """Whether chunks make a difference to it; not where its batch norms are frozen."""
+    return any(isinstance(inner, _BatchNorm) and inner.training for inner in module.modules())
 
 
 def _joined(parts: Sequence[Any]) -> Any:
