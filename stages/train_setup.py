@@ -30,7 +30,6 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         fresh: the run starts now, from `model.init` where there is one; else a checkpoint is to be restored.
     """
     import torch
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     from pipeline.training import machine
@@ -39,9 +38,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     from pipeline.training.memory import save_memory
     from pipeline.training.schedule import parameter_groups
 
-    accelerator = Accelerator(
-        mixed_precision=machine.precision(config.train.precision), cpu=not torch.cuda.is_available()
-    )
+    accelerator = machine.accelerator(config.train.precision, ddp=config.train.ddp.model_dump())
     set_seed(config.train.seed)
     objective = build_objective(config, data.cache)
     if fresh:

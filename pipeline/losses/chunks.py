@@ -46,7 +46,13 @@ def in_chunks(
     cut = [[None] * count if x is None else x.tensor_split(count) for x in inputs]
     if not torch.is_grad_enabled():
         return _joined([encode(*chunk) for chunk in zip(*cut, strict=True)])
-    return _joined([recomputed(encode, *chunk, inside=inside) for chunk in zip(*cut, strict=True)])
+    parts = []
+    for chunk in zip(*cut, strict=True):
+        # Autocast keeps its copies of weights until it ends. With copies of its own for each chunk, their gradients
+        # are added in the weights' float32 and not in the copies' 16 bits.
+        torch.clear_autocast_cache()
+        parts.append(recomputed(encode, *chunk, inside=inside))
+    return _joined(parts)
 
 
 def nothing(encoded: Any) -> Tensor:

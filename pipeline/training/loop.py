@@ -28,6 +28,8 @@ from pipeline.training.skipped import Skip, Skipped
 from pipeline.training.together import Together
 from pipeline.training.tracking import Tracker, make_durable
 
+LEFT_OUT = "updates_left_out"  # beside the scaler's own state
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -65,6 +67,7 @@ class Training:
     step: int = 0
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
+    left_out: int = 0  # updates, by fp16's scaler
     saved: int = -1  # the step of the newest checkpoint
     unread: list[Skip] = field(default_factory=list)  # of this process, since `samples` was last settled
     at_hand: list[int] = field(default_factory=list)  # rows of this process's batch, for messages
@@ -164,10 +167,18 @@ class Training:
         self.optimizer.step()
         if self.ema is not None and not self.optimizer.step_was_skipped:
             self.ema.update(self.bare)
+        if self.accelerator.scaler is not None:
+            logs |= self._scaling()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.samples += settings.batch_size
         return {"loss": loss.detach(), "grad_norm": torch.as_tensor(norm).detach(), "lr": torch.tensor(rate), **logs}
+
+    def _scaling(self) -> dict[str, Tensor]:
+        """fp16: the factor on the loss, and how many updates have been left out because a gradient was not finite."""
+        self.left_out += bool(self.optimizer.step_was_skipped)
+        scale = torch.tensor(self.accelerator.scaler.get_scale())
+        return {"loss_scale": scale, LEFT_OUT: torch.tensor(self.left_out)}
 
     def _term_gradients(self) -> dict[str, Tensor]:
         """The norm of each weighted term's gradient, over all parameters."""
@@ -242,6 +253,7 @@ class Training:
         problem = None
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+            scaler |= {LEFT_OUT: self.left_out} if scaler else {}
             state = State(
                 step=self.step,
                 samples=self.samples,
