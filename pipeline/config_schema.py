@@ -215,6 +215,7 @@ class TrainConfig(Section):
     transition_depth: Positive = 32
     batch_size: Annotated[int, Field(ge=2)] = 1024
     micro_batch_size: Positive | None = None  # pairs that a process encodes at once; null: its whole share
+    compile: bool = False  # torch.compile of trunk, student and fusion
     grad_checkpointing: bool = False  # blocks keep their inputs alone and run again in the backward pass
     epochs: Positive = 30
     max_steps: Positive | None = None

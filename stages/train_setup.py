@@ -33,6 +33,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     from accelerate.utils import set_seed
 
     from pipeline.training import machine
+    from pipeline.training.compiled import Towers, compile_towers
     from pipeline.training.ema import MovingAverage
     from pipeline.training.loop import Training
     from pipeline.training.memory import save_memory
@@ -50,7 +51,8 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         batch_size=train.batch_size,
         grad_checkpointing=train.grad_checkpointing,
     )
-    ema = None if config.train.ema is None else MovingAverage(objective, config.train.ema)
+    ema = None if train.ema is None else MovingAverage(objective, train.ema)
+    towers = compile_towers(objective.model, accelerator.device) if train.compile else Towers()
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     datasets = _datasets(config, data, objective.model)
@@ -67,7 +69,16 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         ema.module = accelerator.prepare_model(ema.module, evaluation_mode=True)  # its device and autocast, no DDP
     settings, about = _settings(config, plan), data.identity()
     training = Training(
-        accelerator, wrapped, prepared, settings, folder, config.dump(), about, wandb=config.train.wandb, ema=ema
+        accelerator,
+        wrapped,
+        prepared,
+        settings,
+        folder,
+        config.dump(),
+        about,
+        wandb=train.wandb,
+        ema=ema,
+        towers=towers,
     )
     return Session(training, plan, datasets, machine.data_workers(config.data.workers, accelerator.num_processes))
 

@@ -45,7 +45,7 @@ class Block(nn.Module):
         Rows nobody reads are not computed; those that are come out as they would among all.
         """
         if self.grad_checkpointing and torch.is_grad_enabled():
-            again: Tensor = recomputed(self._run, x, keep, rows, inside=self)
+            again: Tensor = recomputed(self._run, x, keep, rows, inside=None)
             return again
         return self._run(x, keep, rows)
 

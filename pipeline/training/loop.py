@@ -18,6 +18,7 @@ from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import RunFolder
 from pipeline.signals import stop_on_signals
 from pipeline.training.checkpoint import State, save_checkpoint
+from pipeline.training.compiled import Towers
 from pipeline.training.data import Batch
 from pipeline.training.divergence import Watch
 from pipeline.training.ema import MovingAverage
@@ -64,6 +65,7 @@ class Training:
     data: dict[str, Any]  # what batches and targets are read from
     wandb: str | None = None  # a project to send the figures to
     ema: MovingAverage | None = None  # of the bare objective, on its device
+    towers: Towers = field(default_factory=Towers)  # what of the model is compiled
     step: int = 0
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
@@ -100,7 +102,7 @@ class Training:
         total, shown = self.settings.total_steps, self.accelerator.is_main_process
         log_to = Tracker(self.folder if shown else None, wandb=self.wandb, config=self.config, first=self.step == 0)
         pairs = total * self.settings.batch_size
-        with log_to as tracker, stop_on_signals() as stop, _bar(pairs, self.samples, shown) as bar:
+        with log_to as tracker, stop_on_signals() as stop, _bar(pairs, self.samples, shown) as bar, self.towers:
             clock = _Clock(self.seconds)
             while self.step < total:
                 batch = self._read(batches, stop)
@@ -109,6 +111,7 @@ class Training:
                 bar.advance(self.settings.batch_size)
                 self._after_step(batch, logs, tracker, bar)
                 if self._due(self.settings.validate_every):
+                    self.towers.expect(whole=False)
                     figures = validate()
                     clock.started += clock.now() - self.seconds  # validation is not training time
                     self._write(tracker, {f"val/{key}": value for key, value in figures.items()})
@@ -155,6 +158,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         batch = batch.to(self.accelerator.device)
+        self.towers.expect(whole=not batch.failed)
         loss, logs = self.objective(**batch.inputs, progress=self.step / settings.total_steps)
         if measured:
             logs |= self._term_gradients()
