@@ -91,7 +91,8 @@ def peak_mebibytes(way: str, pairs: int, layers: int) -> float:
 
 
 def measure_peaks(pairs: int, layers: int) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # clean processes that need not import torch again
+    context.set_forkserver_preload(["torch", "pipeline.losses.objective", "pipeline.models.dinorankclip"])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         return {way: pool.submit(peak_mebibytes, way, pairs, layers).result() for way in WAYS}
 
