@@ -61,7 +61,7 @@ def nothing(encoded: Any) -> Tensor:
     A gradient of a part of the outputs would leave a chunk's other activations behind, of one chunk after another.
     """
     parts = [0.0 * at_least_float32(x).sum() for x in _tensors(encoded) if x.requires_grad]
-    return torch.stack(parts).sum()
+    return torch.stack(parts).sum() if parts else torch.zeros(())  # nothing learns but what the loss uses directly
 
 
 def has_batch_norm(module: nn.Module) -> bool:
