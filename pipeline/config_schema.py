@@ -200,12 +200,23 @@ class ExplosionConfig(Section):
     steps: Positive = 20
 
 
+class DdpConfig(Section):
+    """DistributedDataParallel's own options, handed to it by Accelerate; they change no result but for rounding."""
+
+    gradient_as_bucket_view: bool = False  # gradients live in the buffers that are exchanged: their memory once less
+    static_graph: bool = False
+    bucket_cap_mb: Positive = 25
+    find_unused_parameters: bool = False
+
+
 class TrainConfig(Section):
     method: str = "dinorankclip"
     order: Annotated[int, Field(ge=0)] = 3
     transition_depth: Positive = 32
     batch_size: Annotated[int, Field(ge=2)] = 1024
     micro_batch_size: Positive | None = None  # pairs that a process encodes at once; null: its whole share
+    compile: bool = False  # torch.compile of trunk, student and fusion
+    grad_checkpointing: bool = False  # blocks keep their inputs alone and run again in the backward pass
     epochs: Positive = 30
     max_steps: Positive | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -216,6 +227,7 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an average of the weights, which the run leaves
     warmup_steps: Annotated[int, Field(ge=0)] = 1500
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    ddp: DdpConfig = DdpConfig()
     seed: int = 0
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2

@@ -52,7 +52,7 @@ def _run(config: Config, folder: RunFolder, *, resume: bool) -> None:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
     data = open_data(Workspace(config.workspace), config)
-    data.init = train_init.origin(config, None if found is None else found.path)
+    data.init = train_init.origin(config, found)
     if found is not None:
         resuming.refuse_other_data(found, data.identity(), folder)
     benchmark = zero_shot_entry(config)
@@ -105,6 +105,8 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     batch_size = config.train.batch_size
 
     def measure() -> dict[str, float]:
+        if training.ema is not None:
+            training.ema.share()
         objective, model = training.judged()
         figures = validate(
             objective,

@@ -30,24 +30,29 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         fresh: the run starts now, from `model.init` where there is one; else a checkpoint is to be restored.
     """
     import torch
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     from pipeline.training import machine
+    from pipeline.training.compiled import Towers, compile_towers
     from pipeline.training.ema import MovingAverage
     from pipeline.training.loop import Training
     from pipeline.training.memory import save_memory
     from pipeline.training.schedule import parameter_groups
 
-    accelerator = Accelerator(
-        mixed_precision=machine.precision(config.train.precision), cpu=not torch.cuda.is_available()
-    )
+    accelerator = machine.accelerator(config.train.precision, ddp=config.train.ddp.model_dump())
     set_seed(config.train.seed)
     objective = build_objective(config, data.cache)
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
-    save_memory(objective, micro_batch_size=config.train.micro_batch_size, batch_size=config.train.batch_size)
-    ema = None if config.train.ema is None else MovingAverage(objective, config.train.ema)
+    train = config.train
+    save_memory(
+        objective,
+        micro_batch_size=train.micro_batch_size,
+        batch_size=train.batch_size,
+        grad_checkpointing=train.grad_checkpointing,
+    )
+    ema = None if train.ema is None else MovingAverage(objective, train.ema)
+    towers = compile_towers(objective.model, accelerator.device) if train.compile else Towers()
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     datasets = _datasets(config, data, objective.model)
@@ -64,7 +69,16 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         ema.module = accelerator.prepare_model(ema.module, evaluation_mode=True)  # its device and autocast, no DDP
     settings, about = _settings(config, plan), data.identity()
     training = Training(
-        accelerator, wrapped, prepared, settings, folder, config.dump(), about, wandb=config.train.wandb, ema=ema
+        accelerator,
+        wrapped,
+        prepared,
+        settings,
+        folder,
+        config.dump(),
+        about,
+        wandb=train.wandb,
+        ema=ema,
+        towers=towers,
     )
     return Session(training, plan, datasets, machine.data_workers(config.data.workers, accelerator.num_processes))
 

@@ -20,6 +20,9 @@ NOT_OF_THE_RECIPE = {
     *("teacher.checkpoint", "teacher.random_weights", "teacher.mean", "teacher.std", "teacher.compile", "teacher.seed"),
     *("teacher.model_args", "train.method", "train.seed", "train.max_steps", "train.wandb", "model.fusion"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.log_every"),
+    *("train.micro_batch_size", "train.grad_checkpointing", "train.compile"),
+    *(f"train.ddp.{key}" for key in ("gradient_as_bucket_view", "static_graph", "bucket_cap_mb")),
+    *("train.ddp.find_unused_parameters",),
     *("train.term_gradients_every", "loss.contrastive", "loss.cyclic_in_modal", "loss.cyclic_cross", "loss.head"),
     *("loss.simclr", "loss.simclr_temperature", "loss.simclr_hidden", "loss.simclr_dim"),
 }

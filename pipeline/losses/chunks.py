@@ -46,7 +46,13 @@ def in_chunks(
     cut = [[None] * count if x is None else x.tensor_split(count) for x in inputs]
     if not torch.is_grad_enabled():
         return _joined([encode(*chunk) for chunk in zip(*cut, strict=True)])
-    return _joined([recomputed(encode, *chunk, inside=inside) for chunk in zip(*cut, strict=True)])
+    parts = []
+    for chunk in zip(*cut, strict=True):
+        # Autocast keeps its copies of weights until it ends. With copies of its own for each chunk, their gradients
+        # are added in the weights' float32 and not in the copies' 16 bits.
+        torch.clear_autocast_cache()
+        parts.append(recomputed(encode, *chunk, inside=inside))
+    return _joined(parts)
 
 
 def nothing(encoded: Any) -> Tensor:
@@ -55,12 +61,12 @@ def nothing(encoded: Any) -> Tensor:
     A gradient of a part of the outputs would leave a chunk's other activations behind, of one chunk after another.
     """
     parts = [0.0 * at_least_float32(x).sum() for x in _tensors(encoded) if x.requires_grad]
-    return torch.stack(parts).sum()
+    return torch.stack(parts).sum() if parts else torch.zeros(())  # nothing learns but what the loss uses directly
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether chunks make a difference to it."""
-    return any(isinstance(inner, _BatchNorm) for inner in module.modules())
+    """Whether chunks make a difference to it; not where its batch norms are frozen."""
+    return any(isinstance(inner, _BatchNorm) and inner.training for inner in module.modules())
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import PipeError
+from pipeline.models.recompute import recomputed
 
 HEAD_WIDTHS = (64, 48, 32, 16)
 
@@ -20,7 +21,12 @@ class Block(nn.Module):
     Args:
         width: W. mlp_ratio: the MLP's width over W.
         input_norm: False where the input was normalised before and its lengths now carry meaning.
+
+    Attributes:
+        grad_checkpointing: keep the input alone and run again in the backward pass; see models.checkpointing.
     """
+
+    grad_checkpointing = False
 
     def __init__(self, width: int, *, mlp_ratio: float = 4.0, input_norm: bool = True) -> None:
         super().__init__()
@@ -38,6 +44,12 @@ class Block(nn.Module):
 
         Rows nobody reads are not computed; those that are come out as they would among all.
         """
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            again: Tensor = recomputed(self._run, x, keep, rows, inside=None)
+            return again
+        return self._run(x, keep, rows)
+
+    def _run(self, x: Tensor, keep: Tensor | None, rows: int | None) -> Tensor:
         normed = self.norm_attention(x)
         asking = normed if rows is None else normed[:, :rows]
         key, value = self.key_value(normed).chunk(2, dim=-1)

@@ -16,13 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(function: Callable[..., Any], *inputs: Any, inside: nn.Module) -> Any:
+def recomputed(function: Callable[..., Any], *inputs: Any, inside: nn.Module | None) -> Any:
     """function(*inputs), with gradients, without keeping its activations.
 
     Args:
         function: a function of its inputs and of `inside`'s parameters, without collective communication.
-        inside: what it runs; the batch norms in it take each pass's statistics into their running ones once.
+        inside: what it runs, whose batch norms take a batch's statistics into their running ones once; None: it has
+            none (torch.compile knows this form alone).
     """
+    if inside is None:
+        return checkpoint(function, *inputs, use_reentrant=False)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), SecondPass(inside)))
 
 

@@ -110,10 +110,6 @@ def save_checkpoint(
     return final
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-
-
 def _write(
     temporary: Path,
     state: State,
@@ -133,6 +129,10 @@ def _write(
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     sync_folder(temporary)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def _retire(checkpoint: Path) -> None:

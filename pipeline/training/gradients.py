@@ -32,6 +32,9 @@ def term_norms(
     factor = 1.0 if scaler is None else float(scaler.get_scale())
     norms = {}
     for name, term in terms.items():
+        if not term.requires_grad:  # all that it looks at is frozen
+            norms[name] = term.detach().new_zeros(())
+            continue
         found = torch.autograd.grad(factor * term, parameters, retain_graph=True, allow_unused=True)
         # A parameter that this process's graph does not reach is not reached in any: the graphs are alike.
         squared = [mean.div(factor).square().sum() for mean in _averaged(g for g in found if g is not None)]

@@ -18,6 +18,7 @@ from pipeline.run_folder import RunFolder
 from pipeline.signals import stop_on_signals
 from pipeline.training.checkpoint import State, save_checkpoint
 from pipeline.training.clock import Clock, bar_of
+from pipeline.training.compiled import Towers
 from pipeline.training.data import Batch
 from pipeline.training.divergence import Watch
 from pipeline.training.ema import MovingAverage
@@ -27,6 +28,8 @@ from pipeline.training.schedule import learning_rate
 from pipeline.training.skipped import Skip, Skipped
 from pipeline.training.together import Together
 from pipeline.training.tracking import Tracker, make_durable
+
+LEFT_OUT = "updates_left_out"  # beside the scaler's own state
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,11 @@ class Training:
     data: dict[str, Any]  # what batches and targets are read from
     wandb: str | None = None  # a project to send the figures to
     ema: MovingAverage | None = None  # of the bare objective, on its device
+    towers: Towers = field(default_factory=Towers)  # what of the model is compiled
     step: int = 0
     samples: int = 0  # of all processes, less the images that could not be read: exact whenever it is written
     seconds: float = 0.0
+    left_out: int = 0  # updates, by fp16's scaler
     saved: int = -1  # the step of the newest checkpoint
     overdue: bool = False  # whether a checkpoint is to be written as soon as the loss is what it was
     unread: list[Skip] = field(default_factory=list)  # of this process, since `samples` was last settled
@@ -83,10 +88,7 @@ class Training:
 
     def judged(self) -> tuple[nn.Module, Any]:
         """What validation looks at and the run leaves: the weights' average where there is one; objective, model."""
-        if self.ema is None:
-            return self.objective, self.bare.model
-        self.ema.share()
-        return self.ema.module, self.ema.module.model
+        return (self.objective, self.bare.model) if self.ema is None else (self.ema.module, self.ema.module.model)
 
     def run(self, batches: Iterator[Batch], validate: Callable[[], dict[str, float]]) -> None:
         """Train from `self.step` to the end; on a signal, save and raise `Stopped`.
@@ -101,7 +103,7 @@ class Training:
         total, shown = self.settings.total_steps, self.accelerator.is_main_process
         log_to = Tracker(self.folder if shown else None, wandb=self.wandb, config=self.config, first=self.step == 0)
         pairs = total * self.settings.batch_size
-        with log_to as tracker, stop_on_signals() as stop, bar_of(pairs, self.samples, shown) as bar:
+        with log_to as tracker, stop_on_signals() as stop, bar_of(pairs, self.samples, shown) as bar, self.towers:
             clock = Clock(self.seconds)
             while self.step < total:
                 batch = self._read(batches, stop)
@@ -110,6 +112,7 @@ class Training:
                 bar.advance(self.settings.batch_size)
                 self._after_step(batch, logs, tracker, bar)
                 if self._due(self.settings.validate_every):
+                    self.towers.expect(whole=False)
                     figures = validate()
                     clock.started += clock.now() - self.seconds  # validation is not training time
                     self._write(tracker, {f"val/{key}": value for key, value in figures.items()})
@@ -159,6 +162,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         batch = batch.to(self.accelerator.device)
+        self.towers.expect(whole=not batch.failed)
         loss, logs = self.objective(**batch.inputs, progress=self.step / settings.total_steps)
         if measured:
             logs |= self._term_gradients()
@@ -171,10 +175,18 @@ class Training:
         self.optimizer.step()
         if self.ema is not None and not self.optimizer.step_was_skipped:
             self.ema.update(self.bare)
+        if self.accelerator.scaler is not None:
+            logs |= self._scaling()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.samples += settings.batch_size
         return {"loss": loss.detach(), "grad_norm": torch.as_tensor(norm).detach(), "lr": torch.tensor(rate), **logs}
+
+    def _scaling(self) -> dict[str, Tensor]:
+        """fp16: the factor on the loss, and how many updates have been left out because a gradient was not finite."""
+        self.left_out += bool(self.optimizer.step_was_skipped)
+        scale = torch.tensor(self.accelerator.scaler.get_scale())
+        return {"loss_scale": scale, LEFT_OUT: torch.tensor(self.left_out)}
 
     def _term_gradients(self) -> dict[str, Tensor]:
         """The norm of each weighted term's gradient, over all parameters."""
@@ -249,6 +261,7 @@ class Training:
         problem = None
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+            scaler |= {LEFT_OUT: self.left_out} if scaler else {}
             state = State(
                 step=self.step,
                 samples=self.samples,

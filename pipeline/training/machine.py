@@ -6,9 +6,17 @@ import os
 import platform
 import resource
 import sys
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from pipeline.errors import PipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Precision = Literal["auto", "no", "bf16", "fp16"]
 
 
 def is_main() -> bool:
@@ -21,8 +29,28 @@ def several_gpus_alone() -> bool:
     return torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
 
 
-def precision(asked: Literal["auto", "no", "bf16", "fp16"]) -> str:
-    """`auto`: bf16 where the GPU has it, fp16 on older GPUs, float32 on a CPU."""
+def accelerator(asked: Precision, *, ddp: Mapping[str, Any]) -> Accelerator:
+    """What places model and batches, speaks to the other processes and keeps the precision.
+
+    Args:
+        asked: see `precision`. ddp: keyword arguments of DistributedDataParallel; those at Accelerate's defaults are
+            left out by it.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    wrapping = DistributedDataParallelKwargs(**ddp)
+    return Accelerator(mixed_precision=precision(asked), cpu=not torch.cuda.is_available(), kwargs_handlers=[wrapping])
+
+
+def precision(asked: Precision) -> str:
+    """`auto`: bf16 where the GPU has it, fp16 on older GPUs, float32 on a CPU.
+
+    Raises:
+        PipeError: fp16 without a GPU, which Accelerate would turn into float32 without a word.
+    """
+    if asked == "fp16" and not torch.cuda.is_available():
+        raise PipeError("fp16 needs a GPU", where="train.precision", fix="use auto, bf16 or no")
     if asked != "auto":
         return asked
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from pipeline.distributed import all_gather_sizes
 from pipeline.errors import PipeError
 from pipeline.run_folder import RunFolder
 from pipeline.training.checkpoint import Found, clear_up, load_checkpoint, newest_whole
-from pipeline.training.loop import Training
+from pipeline.training.loop import LEFT_OUT, Training
 from pipeline.training.tracking import cut_back
 
 MAY_CHANGE = {"workspace", "evaluate", "caption", "data.workers", "loss.head"} | {
@@ -24,6 +24,9 @@ MAY_CHANGE = {"workspace", "evaluate", "caption", "data.workers", "loss.head"} |
         "wandb",
         "zero_shot",
         "explosion",
+        "grad_checkpointing",
+        "compile",
+        "ddp",
     )
 }
 
@@ -128,6 +131,7 @@ def _restore(training: Training, found: Found) -> None:
     load_checkpoint(found.path, training.bare, training.optimizer.optimizer, training.ema)
     if accelerator.scaler is not None and state.scaler:
         accelerator.scaler.load_state_dict(state.scaler)
+        training.left_out = state.scaler.get(LEFT_OUT, 0)
     training.step, training.samples, training.seconds = state.step, state.samples, state.seconds
     training.saved = state.step
     training.watch.restore(state.losses, state.above)

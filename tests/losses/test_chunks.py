@@ -26,6 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-pyramid": {"parts": {"pyramid": False}},
     "no-attention": {"parts": {"attention": False}},
     "no-refiner": {"parts": {"refiner": False}},
+    "frozen": {"order": 1},
+    "frozen, transitions alone": {"student": False, "order": 2},
     "image-only": {"parts": {"text_side": False}},
     "no-gate": {"parts": {"gate": False}, "gate_l1": 0.0, "conflict": 0.0},
 }
@@ -37,14 +39,14 @@ def found(
     """One step."""
     tested.micro_batch_size, tested.log_details, tested.keep_terms = rows, True, measured
     loss, logs = tested(**inputs, progress=0.5)
-    terms = term_norms(tested.terms, list(tested.parameters()))
-    arrivals = dict.fromkeys(tested.state_dict(), 0)
-    for name, parameter in tested.named_parameters():
+    terms = term_norms(tested.terms, [p for p in tested.parameters() if p.requires_grad])
+    learning = {name: p for name, p in tested.named_parameters() if p.requires_grad}
+    arrivals = dict.fromkeys(learning, 0)
+    for name, parameter in learning.items():
         parameter.register_post_accumulate_grad_hook(lambda p, n=name: arrivals.update({n: arrivals[n] + 1}))
     loss.backward()
-    named = list(tested.named_parameters())
-    assert {name: arrivals[name] for name, _ in named} == {name: 1 for name, _ in named}  # what DDP waits for
-    gradients = {name: p.grad for name, p in named}
+    assert set(arrivals.values()) == {1}  # what DDP waits for
+    gradients = {name: p.grad for name, p in learning.items()}
     return {"logs": logs, "terms": terms, "gradients": gradients, "buffers": dict(tested.named_buffers())}
 
 
@@ -66,16 +68,19 @@ def test_every_method_has_the_gradients_of_the_whole_batch(method: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_fusion_of_the_real_model_has_them_too(variant: str) -> None:
     images, tokens, targets = real.batch(PAIRS)
-    inputs = {"images": images.double(), "tokens": tokens, "targets": targets, "second_tokens": tokens.roll(1, 0)}
+    inputs = {"images": images.double(), "tokens": tokens, "second_tokens": tokens.roll(1, 0)}
+    inputs["targets"] = targets if VARIANTS[variant].get("student", True) else None
     inputs["augmented"] = torch.stack([images.flip(3), images.flip(2)], 1).double()
     both = []
     for rows in (ROWS, None):
         tested = real.make(**VARIANTS[variant]).double()
+        if variant.startswith("frozen"):
+            tested.model.trunk.freeze()
         with torch.no_grad():
             for name, parameter in tested.named_parameters():
                 if name.endswith(("gamma", "betas")):
                     parameter.fill_(0.3)  # every path carries gradient
-        both.append(found(tested, inputs, rows, measured=False))
+        both.append(found(tested, inputs, rows, measured=variant.startswith("frozen")))
     assert_same(*both)
     assert all(float(g.abs().max()) > 0 for name, g in both[0]["gradients"].items() if name.endswith("gamma"))
 
