@@ -335,6 +335,30 @@ def demo(
     stage.run(out, quick=quick)
 
 
+@app.command("model")
+@friendly
+def model_command(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A run by name, its folder, or an exported model; default: the config's."),
+    ] = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    order: Annotated[int | None, typer.Option("--order", min=0, help="As of pipe train.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="As of pipe train.")] = None,
+    fusion: Annotated[str | None, typer.Option("--fusion", help="As of pipe train.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Parameters and FLOPs of each part, and whether the budgets are kept."""
+    flags = {"train.order": order, "train.method": method, "model.fusion": fusion}
+    needed = run is None or config is not None or not Path(run).exists()
+    settings = load(config, sets, flags) if needed else None
+    from stages import model as stage
+
+    stage.run(settings, run, as_json=as_json)
+
+
 teacher_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(teacher_app, name="teacher", help="The teacher itself.")
 

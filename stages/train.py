@@ -52,7 +52,7 @@ def _run(config: Config, folder: RunFolder, *, resume: bool) -> None:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
     data = open_data(Workspace(config.workspace), config)
-    data.init = train_init.origin(config, found)
+    data.init = train_init.origin(config, None if found is None else found.path)
     if found is not None:
         resuming.refuse_other_data(found, data.identity(), folder)
     benchmark = zero_shot_entry(config)

@@ -104,23 +104,13 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
     from pipeline.losses.weights import LossWeights
     from pipeline.models.dinorankclip import DinoRankCLIP
 
-    model_config = config.model
-    parts = model_config.parts.model_dump()
-    has_student = parts.pop("student")
-    arguments: dict[str, Any] = {"trunk": model_config.trunk, "image_size": model_config.image_size, "student": None}
-    targets = None
+    has_student = config.model.parts.student
+    targets, scales, width = None, [], None
     if has_student and cache is not None:
-        depth = {scale["name"]: scale["depth_fraction"] for scale in cache.teacher["scales"]}
-        arguments |= {
-            "student": model_config.student.model_dump(),
-            "parts": parts,
-            "scales": [{"name": s.name, "grid": s.grid, "depth_fraction": depth[s.name]} for s in cache.scales],
-            "global_width": cache.global_width,
-            "gate": model_config.gate.model_dump(),
-        }
+        scales, width = cached_scales(cache), cache.global_width
         targets = TargetInfo.from_cache(cache)
-    model = DinoRankCLIP(**arguments)
-    if model_config.freeze_trunk:
+    model = DinoRankCLIP(**model_arguments(config, scales, width))
+    if config.model.freeze_trunk:
         model.trunk.freeze()
     if has_student and cache is not None:
         means = {name: torch.from_numpy(value) for name, value in cache.baselines.items()}
@@ -135,6 +125,27 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
         weights=weights,
         targets=targets,
     )
+
+
+def model_arguments(config: Config, scales: list[dict[str, Any]], global_width: int | None) -> dict[str, Any]:
+    """The model's constructor arguments, for a teacher of these scales; of none (no scales) the trunk alone."""
+    model = config.model
+    arguments: dict[str, Any] = {"trunk": model.trunk, "image_size": model.image_size, "student": None}
+    if model.parts.student and scales:
+        arguments |= {
+            "student": model.student.model_dump(),
+            "parts": model.parts.model_dump(exclude={"student"}),
+            "scales": scales,
+            "global_width": global_width,
+            "gate": model.gate.model_dump(),
+        }
+    return arguments
+
+
+def cached_scales(cache: Cache) -> list[dict[str, Any]]:
+    """[{name, grid, depth_fraction}] of a cache, as the model takes them."""
+    depth = {scale["name"]: scale["depth_fraction"] for scale in cache.teacher["scales"]}
+    return [{"name": s.name, "grid": s.grid, "depth_fraction": depth[s.name]} for s in cache.scales]
 
 
 def _loss_values(config: Config) -> dict[str, Any]:

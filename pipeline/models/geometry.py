@@ -5,9 +5,16 @@ Legend: B rows, D width.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def exact(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast on x's device; a tensor without values (meta, to count what a model would cost) knows none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -17,13 +24,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def normalise(x: Tensor) -> Tensor:
     """x / ‖x‖: (B, D) → (B, D); in float32 and float64 to the bit what open_clip's `normalize=True` does."""
-    with torch.autocast(x.device.type, enabled=False):
+    with exact(x):
         return F.normalize(at_least_float32(x), dim=-1)
 
 
 def tangent(base: Tensor, move: Tensor) -> Tensor:
     """Δ⊥ = Δ' − ⟨Δ', z⟩ z, the part of a move that keeps to the sphere at z. base z, move Δ': (B, D) → (B, D)."""
-    with torch.autocast(base.device.type, enabled=False):
+    with exact(base):
         base, move = at_least_float32(base), at_least_float32(move)
         return move - (move * base).sum(-1, keepdim=True) * base
 
@@ -33,7 +40,7 @@ def inject(base: Tensor, along: Tensor, gamma: Tensor) -> Tensor:
 
     At γ = 0 this is z, bit for bit; normalising z + γ Δ⊥ instead would change the last bit of a third of the rows.
     """
-    with torch.autocast(base.device.type, enabled=False):
+    with exact(base):
         base, along, gamma = at_least_float32(base), at_least_float32(along), at_least_float32(gamma)
         length = torch.sqrt(1 + gamma.square() * along.square().sum(-1, keepdim=True))
         return (base + gamma * along) / length

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import all_gather_sizes, gather_with_grad
 from pipeline.errors import PipeError
-from pipeline.models.geometry import at_least_float32
+from pipeline.models.geometry import at_least_float32, exact
 
 
 class BatchNormAcross(nn.BatchNorm1d):
@@ -92,7 +92,7 @@ class SimCLRHead(nn.Module):
         Args:
             sizes: every process's B; asked for when None.
         """
-        with torch.autocast(pooled.device.type, enabled=False):
+        with exact(pooled):
             x = at_least_float32(pooled)
             if self.training and sizes is None:
                 sizes = all_gather_sizes(len(x), x.device)

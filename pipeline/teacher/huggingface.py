@@ -27,7 +27,7 @@ from pipeline.teacher.huggingface_folder import (
     local_folder,
 )
 from pipeline.teacher.huggingface_layers import HuggingFaceConvNeXt, HuggingFaceViT
-from pipeline.teacher.huggingface_load import download, model_type, quiet, refuse_misfits, short
+from pipeline.teacher.huggingface_load import download, kept, model_type, quiet, refuse_misfits, short
 from pipeline.teacher.weights import WeightsUnavailable
 
 CLASSES = {  # model_type → configuration, network
@@ -83,6 +83,22 @@ def load(
     is_convnext = config.model_type == "dinov3_convnext"
     backbone: Layered = HuggingFaceConvNeXt(model) if is_convnext else HuggingFaceViT(model)
     return Found(backbone, folder_normalisation(folder), folder_origin(folder, random_weights=random_weights))
+
+
+def architecture(name: str) -> Layered:
+    """The network that `name` means with whatever weights it is built with, for its shapes alone. Nothing is fetched.
+
+    Raises:
+        WeightsUnavailable: neither a folder nor the hub's own cache on this machine has its config.json.
+    """
+    folder = local_folder(name) or kept(name, CONFIG)
+    if folder is None:
+        raise WeightsUnavailable(
+            "its config.json is not on this machine", where=f"teacher.name {name}", fix="name its folder: hf:./FOLDER"
+        )
+    config = _config(folder)
+    model = _random(config, 0, folder / CONFIG)
+    return HuggingFaceConvNeXt(model) if config.model_type == "dinov3_convnext" else HuggingFaceViT(model)
 
 
 def _config(folder: Path) -> Any:

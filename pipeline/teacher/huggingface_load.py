@@ -42,6 +42,14 @@ def download(name: str, wanted: Sequence[str], where: str) -> Path:
         ) from error
 
 
+def kept(name: str, file: str) -> Path | None:
+    """The folder in the hub's own cache that holds `file` of the repository `name`; None without. No network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = None if is_path(name) else try_to_load_from_cache(name.removeprefix(PREFIX), file)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def model_type(folder: Path) -> str:
     """What config.json says the model is; PipeError where it says nothing."""
     try:

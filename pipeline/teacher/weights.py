@@ -39,13 +39,7 @@ def create_model(
     seed: int,
 ) -> nn.Module:
     """A timm network with the weights asked for; see `load_teacher`."""
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
-        raise PipeError(
-            f"timm has no model {name!r}",
-            where="teacher.name",
-            fix=f"did you mean {near[0]}?" if near else "see timm.list_models()",
-        )
+    _refuse_unknown(name)
     if checkpoint is not None and random_weights:
         raise PipeError("checkpoint and random_weights exclude each other", where="teacher", fix="remove one")
     if checkpoint is not None:
@@ -64,6 +58,22 @@ def create_model(
         )
         return model
     return _pretrained(name, model_args, image_size)
+
+
+def network(name: str, model_args: Mapping[str, Any], *, image_size: int) -> nn.Module:
+    """A timm network as it is built, for its shapes alone."""
+    _refuse_unknown(name)
+    return _build(name, model_args, image_size, pretrained=False)
+
+
+def _refuse_unknown(name: str) -> None:
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+        raise PipeError(
+            f"timm has no model {name!r}",
+            where="teacher.name",
+            fix=f"did you mean {near[0]}?" if near else "see timm.list_models()",
+        )
 
 
 def _pretrained(name: str, model_args: Mapping[str, Any], image_size: int) -> nn.Module:
@@ -185,7 +195,10 @@ def weights_origin(checkpoint: Path | None, *, random_weights: bool) -> dict[str
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the state dict, in the order of the names."""
+    """SHA-256 over names, dtypes, shapes and bytes of the state dict, in the order of the names; "" of a model without
+    values (on the meta device)."""
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        return ""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -90,6 +90,29 @@ def test_every_parameter_of_every_variant_gets_a_gradient(options: dict[str, Any
     assert [name for name, p in tested.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+@pytest.mark.parametrize("options", [{}, {"parts": {"text_side": False}}, {"order": 0, **NO_DISTILLATION}], ids=str)
+def test_beside_a_frozen_trunk_every_parameter_gets_a_gradient_and_the_trunk_none(options: dict[str, Any]) -> None:
+    """What DistributedDataParallel asks for: no parameter that learns is left out of a step."""
+    tested = make(**options).train()
+    tested.model.trunk.freeze()
+    for fusion in tested.model.fusion.values():
+        fusion.gamma.data.fill_(0.1)
+    loss, logs = tested(*batch(), 0.5)
+    loss.backward()
+    with_gradient = {name for name, p in tested.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in tested.named_parameters() if not name.startswith("model.trunk.")}
+    assert not logs["logit_scale"].requires_grad
+    still = make(**options)
+    for fusion in still.model.fusion.values():
+        fusion.gamma.data.fill_(0.1)
+    reference, _ = still(*batch(), 0.5)
+    reference.backward()
+    gradients = dict(still.named_parameters())
+    for name, p in tested.named_parameters():
+        if name in with_gradient:  # and it is the one that it has beside a trunk that learns
+            torch.testing.assert_close(p.grad, gradients[name].grad, rtol=1e-3, atol=1e-6)
+
+
 def test_a_few_steps_lower_the_loss() -> None:
     tested = make(ramp=0.0)
     optimizer = torch.optim.AdamW(tested.parameters(), lr=3e-3)

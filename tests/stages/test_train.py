@@ -24,8 +24,6 @@ from pipeline.training.tracking import read_metrics
 from stages import train, train_data, train_setup
 from stages.train import default_name
 
-FUSIONS = ["full", "no-pyramid", "no-attention", "no-refiner", "image-only", "no-gate", "no-distill", "shuffled-cache"]
-
 
 @pytest.mark.parametrize(
     "flags",
@@ -47,17 +45,6 @@ def test_every_method_and_order_trains_and_loads(folder, flags):
     text = model.encode_text(tokenizer(["a red square"]))
     assert torch.allclose(text.norm(dim=-1), torch.ones(1), atol=1e-5)
     assert preprocess.view.size == 32
-
-
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_every_fusion_variant_trains_and_loads(folder, fusion):
-    from pipeline.models.dinorankclip import load
-
-    done = run(folder, **{"model.fusion": fusion})
-    model, _, _ = load(done.path)
-    assert read_json(done.record)["fusion"] == fusion
-    assert read_json(done.record)["parameters"] == model.parameter_counts()
-    assert read_json(done.record)["cache"]
 
 
 def test_methods_without_a_student_open_no_cache(folder):
