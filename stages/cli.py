@@ -307,7 +307,8 @@ def train(
 @friendly
 def evaluate(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs by name; default: all finished.")
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs by name, or folders by path; default: all finished."),
     ] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -320,6 +321,50 @@ def evaluate(
     from stages import evaluate as stage
 
     stage.run(settings, runs=runs or [], as_json=as_json)
+
+
+def _config_unless_path(run: str, config: Path | None, sets: list[str] | None) -> Config | None:
+    """None where a model is named by its path, or where no config is at hand: then none is needed."""
+    from stages.which_model import is_path
+
+    asked = config is not None or bool(sets)
+    at_hand = Path(os.environ.get("PIPE_CONFIG") or "pipe.yaml").exists()
+    return load(config, sets) if asked or (at_hand and not is_path(run)) else None
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A finished run's name, or the path of a run's or an export's folder.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote there.")]
+
+
+@app.command("export")
+@friendly
+def export_command(
+    run: ModelArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Default: workspace/exports/RUN, or ./NAME-export.")
+    ] = None,
+    trunk: Annotated[
+        bool, typer.Option("--trunk", help="The trunk alone, as a checkpoint that open_clip loads.")
+    ] = False,
+    hub: Annotated[
+        str | None, typer.Option("--hub", metavar="ORG/NAME", help="Push it to the Hugging Face hub; needs a login.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="How weights are stored: float32, float16 or bfloat16.")
+    ] = "float32",
+    overwrite: OverwriteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print where it is and its SHA-256 as JSON.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model that others can load: weights, config, model card."""
+    settings = _config_unless_path(run, config, sets)
+    from stages import export as stage
+
+    stage.run(settings, run, out=out, trunk=trunk, dtype=dtype, overwrite=overwrite, hub=hub, as_json=as_json)
 
 
 @app.command()
