@@ -367,6 +367,40 @@ def export_command(
     stage.run(settings, run, out=out, trunk=trunk, dtype=dtype, overwrite=overwrite, hub=hub, as_json=as_json)
 
 
+@app.command("embed")
+@friendly
+def embed_command(
+    run: ModelArgument,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[SOURCE]", help="Folder or glob of images; folder, glob or range of tars; CSV; TSV."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="OUT", help="NAME.parquet, NAME.npy, or a folder: a file for each tar."),
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", help="gated, trunk, student or fused; default: the model's output.")
+    ] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="Embed the source's captions, too.")] = False,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", metavar="FILE", help="Embed texts, one a line, in place of images.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images at a time.")] = 256,
+    overwrite: OverwriteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model's embeddings of images or texts as Parquet or npy."""
+    settings = _config_unless_path(run, config, sets)
+    from stages import embed as stage
+
+    options: dict[str, Any] = {"captions": captions, "texts": texts, "batch_size": batch_size, "overwrite": overwrite}
+    stage.run(settings, run, source, out=out, node=node, as_json=as_json, **options)
+
+
 @app.command()
 @friendly
 def demo(
