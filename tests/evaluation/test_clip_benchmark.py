@@ -1,4 +1,4 @@
-"""CLIP_benchmark's own metrics, unchanged, on our model; and our evaluators on the same images find the same numbers."""
+"""CLIP_benchmark's own metrics, unchanged, on our model; our evaluators find the same numbers on the same images."""
 
 from __future__ import annotations
 
