@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +148,7 @@ def embed_parts(job: Job, parts: Sequence[Part], out: Path, overwrite: bool) -> 
             for part in _named(parts, bar):
                 _write_part(job, part, out / f"{part.name}.parquet", overwrite, bar)
     if job.rows == 0:
-        raise PipeError("not one image can be embedded", where=out, fix="see the problems in NAME.skipped.jsonl there")
+        raise PipeError("not one image can be embedded", where=out, fix="see *.skipped.jsonl there")
 
 
 def _named(parts: Sequence[Part], bar: Progress) -> Iterator[Part]:
@@ -238,8 +238,9 @@ def embed_lines(job: Job, lines: Sequence[str], out: Path) -> None:
 
 def say(summary: Mapping[str, Any], unit: str, out: Path) -> None:
     """The end of it, on one line, and what was skipped on another."""
-    line: Callable[..., None] = log.info
-    line(
+    from pipeline.evaluation.embedding_files import beside
+
+    log.info(
         "%s %s at node %s, %d numbers each, in %.1f s: %s",
         f"{summary['rows']:,}",
         unit,
@@ -249,8 +250,7 @@ def say(summary: Mapping[str, Any], unit: str, out: Path) -> None:
         out,
     )
     if summary["kept"]:
-        line("%d parts were there already", summary["kept"])
+        log.info("%d parts were there already", summary["kept"])
     if summary["skipped"]:
-        log.warning(
-            "%s could not be read and have no row: see NAME.skipped.jsonl beside %s", f"{summary['skipped']:,}", out
-        )
+        listed = beside(out, "skipped") if out.suffix else out / "*.skipped.jsonl"
+        log.warning("%s could not be read and have no row: see %s", f"{summary['skipped']:,}", listed)
