@@ -76,9 +76,8 @@ def write_model(found: Found, folder: Path, dtype: str, overwrite: bool) -> dict
         about = {"file": weights.name, "dtype": dtype, "sha256": sha256, "run_sha256": digest}
         config = describe(found, stored, model, about)
         write_json(new / export.CONFIG, config)
-        record = found.record
-        if record:
-            write_json(new / export.RECORD, record | {"checkpoint_sha256": sha256})
+        if found.record:
+            write_json(new / export.RECORD, without_paths(found.record) | {"checkpoint_sha256": sha256})
         card = model_card(config, *results(found, digest))
         write_bytes(new / export.CARD, card.encode())
     return about
@@ -122,10 +121,10 @@ def describe(found: Found, stored: Any, model: Any, weights: dict[str, Any]) -> 
         earlier = json.loads(before.read_text(encoding="utf-8"))
         training, teacher = earlier.get("training") or {}, earlier.get("teacher")
     else:
-        training, teacher = recipe(known), taught_by(known, found.record)
+        training, teacher = recipe(known, found.record), taught_by(known, found.record)
     return model_config(
         stored,
-        {**found.record, "name": found.name},
+        {**without_paths(found.record), "name": found.name},
         weights=weights,
         model=model,
         teacher=teacher,
@@ -134,7 +133,16 @@ def describe(found: Found, stored: Any, model: Any, weights: dict[str, Any]) -> 
     )
 
 
-def recipe(known: dict[str, Any]) -> dict[str, Any]:
+def without_paths(value: Any) -> Any:
+    """A record with the last part alone of every absolute path in it: the rest is about a machine."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def recipe(known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """What of a run's configuration a card shows; no paths."""
     train, data = known.get("train") or {}, known.get("data") or {}
     if not known:
@@ -144,12 +152,12 @@ def recipe(known: dict[str, Any]) -> dict[str, Any]:
         augmentation = "two augmented views of each image for SimCLR, none for the contrastive loss"
     elif data.get("roi") or (known.get("teacher") or {}).get("views"):
         augmentation = "crops (see the run's configuration)"
-    model = known.get("model") or {}
-    init = model.get("init")
+    init = record.get("init") or {}
+    origin = f"trained weights: {Path(init['path']).name}, SHA-256 {init['sha256']}" if init else "random weights"
     return {key: train.get(key) for key in RECIPE} | {
         "augmentation": augmentation,
-        "started_from": "random weights" if init is None else f"trained weights ({Path(str(init)).name})",
-        "trunk_frozen": bool(model.get("freeze_trunk")),
+        "started_from": origin,
+        "trunk_frozen": bool((known.get("model") or {}).get("freeze_trunk")),
     }
 
 

@@ -45,6 +45,7 @@ def write_run(path: Path, *, injected: bool = True, finished: bool = True, view:
     if not injected:
         record = {"method": "clip", "order": 0, "fusion": "none", "cache": None}
     record |= {"name": folder.name, "finished": finished, "seed": 0, "steps": 6, "samples_seen": 48, "precision": "no"}
+    record |= {"init": {"path": "/home/somebody/secret/clip.safetensors", "sha256": "e" * 64}}
     record |= {"checkpoint_sha256": sha256_file(folder.weights), "data": {"train_rows": 43}}
     write_json(folder.record, record)
     return folder

@@ -74,6 +74,7 @@ def test_the_card_counts_what_was_recorded_and_leaves_open_what_was_not(run: Run
     assert "| time | not recorded |" in body
     assert "| precision | float32 |" in body
     assert "`hf:dinov3-vits16`" in body
+    assert f"| started from | trained weights: clip.safetensors, SHA-256 {'e' * 64} |" in body
     assert "None: this checkpoint was not evaluated" in body
     assert "TO FILL IN" in body
 
