@@ -97,7 +97,7 @@ def write_trunk(found: Found, folder: Path, dtype: str, overwrite: bool) -> dict
         weights = export_trunk(model, preprocess, new, dtype)  # type: ignore[arg-type]
         about = {"file": weights.name, "dtype": dtype, "sha256": sha256_file(weights), "run_sha256": digest}
         config = describe(found, read_model(found.folder.weights), model, about)
-        write_bytes(new / export.CARD, trunk_card(config).encode())
+        write_bytes(new / export.CARD, trunk_card(config, *results(found, digest)).encode())
     return about
 
 

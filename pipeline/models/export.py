@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import PipeError
 from pipeline.models.serialise import FORMAT, Stored, read_model, write_stored
-from pipeline.run_folder import sync_folder
+from pipeline.run_folder import replacing, sync_folder
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 CONFIG, CARD, RECORD = "config.json", "README.md", "record.json"
@@ -74,7 +74,8 @@ def export_weights(source: Path, out: Path, dtype: Dtype = "float32") -> Stored:
     """
     stored = read_model(source)
     if dtype == "float32" and all(value.dtype in (torch.float32, torch.int64) for value in stored.weights.values()):
-        shutil.copyfile(source, out)
+        with replacing(out) as temporary:
+            shutil.copyfile(source, temporary)
         return stored
     kept = {name: rounded(name, value, dtype) for name, value in stored.weights.items()}
     written = replace(stored, weights=kept, extra=stored.extra | {"dtype": dtype})

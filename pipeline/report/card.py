@@ -38,8 +38,11 @@ def model_card(config: Mapping[str, Any], results: Sequence[Record] = (), other_
     return "\n\n".join(sections) + "\n"
 
 
-def trunk_card(config: Mapping[str, Any]) -> str:
-    """README.md of a trunk that was exported as an open_clip checkpoint; `config` as for `model_card`."""
+def trunk_card(config: Mapping[str, Any], results: Sequence[Record] = (), other_results: bool = False) -> str:
+    """README.md of a trunk that was exported as an open_clip checkpoint; arguments as for `model_card`.
+
+    Of the checkpoint's results those at the node `trunk` are this trunk's own.
+    """
     name = config.get("name") or "model"
     what = (
         f"The trunk of {name} as an open_clip checkpoint: {_trunk(config)}, {config['embed_dim']} dimensions, images "
@@ -63,6 +66,7 @@ tokenizer = open_clip.get_tokenizer(folder)
         f"# {name}: trunk\n\n{what}",
         f"## Use\n\n{use}",
         f"## Training\n\n{_table(training_facts(config))}\n\n{_data(config)}",
+        f"## Results\n\n{results_text(results, other_results, node='trunk')}{_stored(config)}",
         f"## Limitations\n\n{limitations(config)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -155,9 +159,9 @@ def _data(config: Mapping[str, Any]) -> str:
     )
 
 
-def results_text(results: Sequence[Record], other: bool) -> str:
-    """A table of the headline metrics at the model's output, or why there is none."""
-    node = headline_node(record.node for record in results)
+def results_text(results: Sequence[Record], other: bool, node: str | None = None) -> str:
+    """A table of the headline metrics at a node (None: the model's output), or why there is none."""
+    node = node or headline_node(record.node for record in results)
     kept = [r for r in results if r.node == node and VERSUS not in r.metric and r.metric.endswith(SHOWN)]
     if not kept:
         other_note = " The report at hand is of another checkpoint of this run's name." if other else ""

@@ -111,6 +111,9 @@ def test_results_of_this_checkpoint_stand_in_the_card_with_their_interval(run: R
     export.run(None, str(run.path), out=tmp_path / "out")
     rows = [line for line in card(tmp_path / "out")[1].splitlines() if line.startswith("| flickr")]
     assert rows == [f"| flickr | test | {metric} | 12.5 | 11.5 to 13.5 | 1,000 |"]
+    export.run(None, str(run.path), out=tmp_path / "trunk", trunk=True)
+    rows = [line for line in card(tmp_path / "trunk")[1].splitlines() if line.startswith("| flickr")]
+    assert rows == [f"| flickr | test | {metric} | 50.0 | 49.0 to 51.0 | 1,000 |"]
     write_records(report, [record_of("first", "another", metric, 0.125)])
     export.run(None, str(run.path), out=tmp_path / "out", overwrite=True)
     assert "another checkpoint of this run's name" in card(tmp_path / "out")[1]
