@@ -65,8 +65,6 @@ def open_clip_config(trunk: str | Mapping[str, Any], preprocess: Preprocess) -> 
     for tower in ("vision_cfg", "text_cfg"):  # tokens beside the embedding: the trunk is built without, too
         model[tower].pop("output_tokens", None)
     model["vision_cfg"]["image_size"] = preprocess.view.size
-    if model["vision_cfg"].get("timm_model_name"):
-        model["vision_cfg"]["timm_model_pretrained"] = False
     return {
         "model_cfg": model,
         "preprocess_cfg": {

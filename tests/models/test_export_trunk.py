@@ -23,7 +23,9 @@ TIMM: dict[str, Any] = {
     "text_cfg": TEXT,
 }
 OTHER: dict[str, Any] = TRUNKS["vit"] | {"quick_gelu": True, "init_logit_scale": 1.5}
-ALL = TRUNKS | {"timm": TIMM, "quick": OTHER}
+TOKENS: dict[str, Any] = {"output_tokens": True}  # open_clip would give pairs; the trunk is built without
+PAIRS = TRUNKS["vit"] | {"vision_cfg": TRUNKS["vit"]["vision_cfg"] | TOKENS, "text_cfg": TEXT | TOKENS}
+ALL = TRUNKS | {"timm": TIMM, "quick": OTHER, "tokens": PAIRS}
 
 
 def preprocess_of(model: Any, kind: Any = "crop") -> Preprocess:

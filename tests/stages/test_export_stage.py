@@ -106,7 +106,10 @@ def test_results_of_this_checkpoint_stand_in_the_card_with_their_interval(run: R
     own, metric = sha256_file(run.weights), "retrieval/i2t_recall@1"
     report = Workspace(tmp_path / "workspace").report / "records.json"
     others = [record_of("other", own, metric, 0.9), record_of("first", own, "nodes/gap", 0.7)]
-    others += [record_of("first", own, f"{metric}:vs:other", 0.6), record_of("first", own, metric, 0.5, node="trunk")]
+    others += [
+        record_of("first", own, f"{metric}:vs:clip-top1", 0.6),
+        record_of("first", own, metric, 0.5, node="trunk"),
+    ]
     write_records(report, [record_of("first", own, metric, 0.125), *others])
     export.run(None, str(run.path), out=tmp_path / "out")
     rows = [line for line in card(tmp_path / "out")[1].splitlines() if line.startswith("| flickr")]
