@@ -307,7 +307,8 @@ def train(
 @friendly
 def evaluate(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs by name; default: all finished.")
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs by name, or folders by path; default: all finished."),
     ] = None,
     config: ConfigOption = None,
     sets: SetOption = None,
@@ -320,6 +321,84 @@ def evaluate(
     from stages import evaluate as stage
 
     stage.run(settings, runs=runs or [], as_json=as_json)
+
+
+def _config_unless_path(run: str, config: Path | None, sets: list[str] | None) -> Config | None:
+    """None where a model is named by its path, or where no config is at hand: then none is needed."""
+    from stages.which_model import is_path
+
+    asked = config is not None or bool(sets)
+    at_hand = Path(os.environ.get("PIPE_CONFIG") or "pipe.yaml").exists()
+    return load(config, sets) if asked or (at_hand and not is_path(run)) else None
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A finished run's name, or the path of a run's or an export's folder.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote there.")]
+
+
+@app.command("export")
+@friendly
+def export_command(
+    run: ModelArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Default: workspace/exports/RUN, or ./NAME-export.")
+    ] = None,
+    trunk: Annotated[
+        bool, typer.Option("--trunk", help="The trunk alone, as a checkpoint that open_clip loads.")
+    ] = False,
+    hub: Annotated[
+        str | None, typer.Option("--hub", metavar="ORG/NAME", help="Push it to the Hugging Face hub; needs a login.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="How weights are stored: float32, float16 or bfloat16.")
+    ] = "float32",
+    overwrite: OverwriteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print where it is and its SHA-256 as JSON.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model that others can load: weights, config, model card."""
+    settings = _config_unless_path(run, config, sets)
+    from stages import export as stage
+
+    stage.run(settings, run, out=out, trunk=trunk, dtype=dtype, overwrite=overwrite, hub=hub, as_json=as_json)
+
+
+@app.command("embed")
+@friendly
+def embed_command(
+    run: ModelArgument,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[SOURCE]", help="Folder or glob of images; folder, glob or range of tars; CSV; TSV."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="OUT", help="NAME.parquet, NAME.npy, or a folder: a file for each tar."),
+    ] = None,
+    node: Annotated[
+        str | None, typer.Option("--node", help="gated, trunk, student or fused; default: the model's output.")
+    ] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="Embed the source's captions, too.")] = False,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", metavar="FILE", help="Embed texts, one a line, in place of images.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images at a time.")] = 256,
+    overwrite: OverwriteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model's embeddings of images or texts as Parquet or npy."""
+    settings = _config_unless_path(run, config, sets)
+    from stages import embed as stage
+
+    options: dict[str, Any] = {"captions": captions, "texts": texts, "batch_size": batch_size, "overwrite": overwrite}
+    stage.run(settings, run, source, out=out, node=node, as_json=as_json, **options)
 
 
 @app.command()

@@ -6,7 +6,6 @@ one, the manifest's validation rows)   3. measure   4. write workspace/report an
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.evaluation.suite import Results, Subject, run_entry, run_suite
 from pipeline.report.page import write_report
 from pipeline.report.tables import tables
 from pipeline.run_folder import RunFolder, Workspace, code_version, read_json
+from stages.which_model import choose_runs
 
 VALIDATION = "validation"
 
@@ -67,27 +67,6 @@ def run(
     page = write_report(results.records, chosen, workspace.report, title=title, notes=list(notes), gaps=results.gaps)
     print_results(results, as_json)
     log.info("report: %s", page)
-
-
-def choose_runs(workspace: Workspace, names: Sequence[str]) -> list[RunFolder]:
-    """The named runs, or all finished ones; what is wrong with a name is said with what would be right."""
-    finished = [folder for folder in workspace.all_runs() if folder.finished]
-    known = [folder.name for folder in finished]
-    if not names:
-        if not finished:
-            raise PipeError("no finished run", where=workspace.runs, fix="train one: pipe train")
-        return finished
-    chosen = []
-    for name in dict.fromkeys(names):
-        folder = workspace.run(name)
-        if folder.path.is_dir() and not folder.finished:
-            raise PipeError(f"run {name} is not finished", where=folder.path, fix="pipe train --resume with its name")
-        if not folder.path.is_dir():
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            fix = f"the nearest is {near[0]}; there are {', '.join(known)}" if near else "train one: pipe train"
-            raise PipeError(f"no run {name!r}", where=workspace.runs, fix=fix)
-        chosen.append(folder)
-    return chosen
 
 
 def refuse_trained_rows(workspace: Workspace, runs: Sequence[RunFolder]) -> None:

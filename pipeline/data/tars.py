@@ -53,6 +53,21 @@ def scan_tar(name: str, path: Path) -> Scan:
     return Scan(source, to_table(samples), issues)
 
 
+def read_groups(file: BinaryIO) -> tuple[list[Group], list[tuple[str, str]]]:
+    """Where the samples of an open tar lie, by key; and (status, reason) of what is wrong with the tar itself.
+
+    Only headers are read: no image, and no caption.
+    """
+    walk = _Walk(file)
+    return _groups(walk.members()), walk.problems
+
+
+def captions_of(group: Group, file: BinaryIO) -> list[str]:
+    """The usable captions of a sample, read from its open tar."""
+    parts = {kind: _caption_part(file, group.parts[kind]) for kind in (TEXT, JSON) if kind in group.parts}
+    return read_captions(parts.get(TEXT), parts.get(JSON)).texts
+
+
 class _Walk:
     """The members of a tar, and in `problems` why their list ends where it should not."""
 

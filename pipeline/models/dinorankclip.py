@@ -182,6 +182,11 @@ class DinoRankCLIP(nn.Module):
         """w: tokens (B, L) → (B, D), unit-norm whatever `normalize` says."""
         return self._text(tokens).output
 
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """log s, the trunk's parameter (); open_clip's name for it."""
+        return self.trunk.logit_scale
+
     def image_nodes(self, images: Tensor) -> dict[str, Tensor]:
         """The image side's nodes: trunk, fused, gated (B, D), student (B, C); unit-norm, those that exist."""
         encoded = self._image(images)

@@ -46,18 +46,27 @@ def write_model(
     Raises:
         PipeError: `extra` uses a reserved name, or the file cannot be written.
     """
-    taken = sorted(set(extra) & set(RESERVED))
-    if taken:
-        raise PipeError("these metadata names are reserved", where=", ".join(taken), fix="choose other names")
     # Channels-last weights are a matter of speed, and the format takes contiguous tensors only.
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    metadata = {name: str(value) for name, value in extra.items()} | {
+    write_stored(Stored(dict(arguments), dict(preprocess), weights, dict(extra)), path)
+
+
+def write_stored(stored: Stored, path: Path) -> None:
+    """The inverse of `read_model`: write `path` atomically.
+
+    Raises:
+        PipeError: the further metadata use a reserved name, or the file cannot be written.
+    """
+    taken = sorted(set(stored.extra) & set(RESERVED))
+    if taken:
+        raise PipeError("these metadata names are reserved", where=", ".join(taken), fix="choose other names")
+    metadata = {name: str(value) for name, value in stored.extra.items()} | {
         "format": FORMAT,
         "version": VERSION,
-        "arguments": json.dumps(arguments, sort_keys=True, allow_nan=False),
-        "preprocess": json.dumps(preprocess, sort_keys=True, allow_nan=False),
+        "arguments": json.dumps(stored.arguments, sort_keys=True, allow_nan=False),
+        "preprocess": json.dumps(stored.preprocess, sort_keys=True, allow_nan=False),
     }
-    write_bytes(path, save(weights, metadata=metadata))
+    write_bytes(path, save(stored.weights, metadata=metadata))
 
 
 def read_model(run: str | Path) -> Stored:

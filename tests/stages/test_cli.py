@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pipeline.errors import PipeError, Stopped
 from stages import cli
 
-COMMANDS = ["init", "index", "extract-teacher", "train", "evaluate", "demo"]
+COMMANDS = ["init", "index", "extract-teacher", "train", "evaluate", "export", "embed", "demo"]
 
 
 def pipe(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
