@@ -1,7 +1,7 @@
 """`pipe train`: stage two. Images, captions and the teacher's cached features become a model in a run folder.
 
-The teacher itself is neither loaded nor needed. Alone, the command takes every visible GPU (or the CPU); under
-`accelerate launch` it obeys that.
+The teacher itself is neither loaded nor needed, unless `teacher.online` asks for it. Alone, the command takes every
+visible GPU (or the CPU); under `accelerate launch` it obeys that.
 """
 
 from __future__ import annotations
@@ -104,10 +104,11 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     batch_size = config.train.batch_size
 
     def measure() -> dict[str, float]:
+        steps = validation_steps(val, batch_size=batch_size, **place)
         figures = validate(
             training.objective,
             training.bare.model,
-            batches(dataset, validation_steps(val, batch_size=batch_size, **place), workers=0),
+            session.with_targets(batches(dataset, steps, workers=0)),
             accelerator.device,
             captions=captions,
             even=even_batches(len(val), batch_size),
@@ -120,7 +121,7 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     stream = batches(
         session.datasets["train"], plan.steps(start=training.step, **place), workers=session.workers, pin_memory=pin
     )
-    training.run(stream, measure)
+    training.run(session.with_targets(stream), measure)
 
 
 def _finish(session: Session, config: Config, data: Data) -> None:
@@ -148,8 +149,12 @@ def _finish(session: Session, config: Config, data: Data) -> None:
             "simclr_parameters": sum(p.numel() for p in objective.simclr.parameters()) if objective.simclr else 0,
             "peak_memory_bytes": machine.peak_memory(),
             "flops_per_sample": flops_per_sample(
-                model, texts=1 + (objective.adaptive is not None), simclr=objective.simclr
+                model,
+                texts=1 + (objective.adaptive is not None),
+                simclr=objective.simclr,
+                teacher=session.teacher and session.teacher.teacher,
             ),
+            "teacher_online": session.teacher is not None,
             "world_size": training.accelerator.num_processes,
             "precision": training.accelerator.mixed_precision,
             "machine": machine.describe(),

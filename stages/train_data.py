@@ -165,6 +165,8 @@ def _cached_rows(cache: Cache, rows: np.ndarray, config: Config) -> np.ndarray:
     state[: cache.rows] = cache.state()
     state = state[rows]
     absent = int((state == 0).sum())
+    if config.teacher.online and config.data.rows == "all":
+        return rows[state != 2]  # what is absent, the teacher looks at now
     if absent and config.data.rows == "all":
         raise PipeError(
             f"{absent:,} of {len(rows):,} rows are not in the teacher cache",

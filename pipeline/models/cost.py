@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.dinorankclip import DinoRankCLIP
 
+if TYPE_CHECKING:
+    from pipeline.teacher.teacher import Teacher
+
 BACKWARD = 2  # gradients of inputs and of weights: two products of the size of each forward one
 
 
-def flops_per_sample(model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module | None = None) -> int:
+def flops_per_sample(
+    model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module | None = None, teacher: Teacher | None = None
+) -> int:
     """FLOPs of training on one sample: the forward pass and twice that for the backward pass.
 
     Args:
         texts: captions that are encoded of each image (ALIP: 2).
         simclr: the projection head of SLIP, which takes two more views of each image through the trunk.
+        teacher: one in the loop, whose forward pass is all that it costs.
     """
     forward = forward_flops(model)["total"]
     with _at_rest(model, *([simclr] if simclr else [])), torch.no_grad():
@@ -31,7 +37,14 @@ def flops_per_sample(model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module |
         if simclr is not None:
             place = next(simclr.parameters()).device  # a run that ends takes the model alone off the GPU
             forward += 2 * _count(lambda: simclr(model.trunk.pooled(images).to(place)))
-    return (1 + BACKWARD) * forward
+    return (1 + BACKWARD) * forward + (0 if teacher is None else teacher_flops(teacher))
+
+
+@torch.no_grad()
+def teacher_flops(teacher: Teacher) -> int:
+    """FLOPs of a teacher's forward pass on one image."""
+    blank = torch.zeros(1, 3, teacher.image_size, teacher.image_size, device=teacher.get_buffer("_mean").device)
+    return _count(lambda: teacher(blank))
 
 
 @torch.no_grad()

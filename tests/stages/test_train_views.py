@@ -256,3 +256,9 @@ def test_the_defaults_of_crops_are_those_documented(folder):
     found = load_config(folder / "pipe.yaml", sets=["data.roi={}"]).data.roi
     assert (found.area, found.aspect) == ((0.75, 1.0), (0.75, 1.3333))
     assert load_config(folder / "pipe.yaml").data.roi is None
+
+
+def test_a_teacher_in_the_loop_sees_the_views_that_the_cache_has(viewed: Path) -> None:
+    cached = run(viewed, name="cached", sets=[*LONG, VIEWS])
+    online = run(viewed, name="online", sets=[*LONG, VIEWS, "teacher.online=true"])
+    np.testing.assert_array_equal(losses(online), losses(cached))
