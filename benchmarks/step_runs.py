@@ -19,11 +19,13 @@ import yaml
 from pipeline.cache.layout import OK
 from pipeline.cache.reader import open_cache
 from pipeline.config import Config, load_config
+from pipeline.config_files import shipped
 from pipeline.data.index import build_manifest
 from pipeline.data.scene_files import write_scenes
 from pipeline.run_folder import Workspace
 
 FOREVER = 10**6  # steps of a run that is never finished here
+LOG_EVERY = 10
 TAR_SIZE = 64
 SCENES_SEED = 11
 
@@ -69,16 +71,22 @@ class Place:
     batch: int
     workers: int
 
-    def config(self, workspace: str, teacher: dict[str, Any] | None = None, **sets: Any) -> Config:
-        """The configuration of a workspace; sets: dotted keys with `__` for the dot."""
-        base = copy.deepcopy(TINY) if self.quick else {}
+    def config(
+        self, workspace: str, teacher: dict[str, Any] | None = None, weights: Path | None = None, **sets: Any
+    ) -> Config:
+        """The configuration of a workspace.
+
+        Args:
+            teacher: None: the base configuration's. weights: its file; None: random ones.
+            sets: dotted keys with `__` for the dot.
+        """
+        base = copy.deepcopy(TINY if self.quick else shipped("", "small"))
         if teacher is not None:
             base["teacher"] = teacher
         base["workspace"] = workspace
         base["data"] = {"source": self.source, "workers": self.workers, "rows": "cached"}
-        base["teacher"] = base.get("teacher", {}) | {"calibration_rows": max(8, self.images // 4), "batch_size": 64}
-        if "checkpoint" not in base["teacher"]:
-            base["teacher"]["random_weights"] = True
+        base["teacher"] |= {"calibration_rows": max(8, self.images // 4), "batch_size": 64}
+        base["teacher"] |= {"random_weights": True} if weights is None else {"checkpoint": str(weights.resolve())}
         path = self.folder / f"{workspace}.yaml"
         path.write_text(yaml.safe_dump(base))
         lasting = {
@@ -88,9 +96,10 @@ class Place:
             "train.validate_every": FOREVER,
             "train.term_gradients_every": FOREVER,
             "train.warmup_steps": 60,
+            "train.log_every": LOG_EVERY,
         }
         flags = lasting | {key.replace("__", "."): value for key, value in sets.items()}
-        return load_config(path, flags=flags, preset=None if self.quick else "small")
+        return load_config(path, flags=flags)
 
     def prepared(self, config: Config) -> Config:
         """Index and extract, where that has not been done; the same configuration."""
@@ -155,9 +164,8 @@ class Run:
         training, plan = self.session.training, self.session.plan
         steps = islice(plan.steps(start=training.step), count)
         pin = training.accelerator.device.type == "cuda"
-        yield from self.around(
-            batches(self.session.datasets["train"], steps, workers=self.session.workers, pin_memory=pin)
-        )
+        found = batches(self.session.datasets["train"], steps, workers=self.session.workers, pin_memory=pin)
+        yield from self.around(self.session.with_targets(found))
         if training.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         raise RoundOver

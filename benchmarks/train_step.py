@@ -1,6 +1,8 @@
 """How fast is a training step, against what it could be, and where does its time go?
 
     a  with the cache     the same run with constant targets held in memory: what reading the cache costs
+    b  with the cache     the teacher in the loop (`teacher.online`), by teacher; beside it what the FLOPs say
+    c  pipe train         `--method clip` against open_clip's own trainer (needs open_clip_torch[training])
     d  the step           a full step's time by part: the parts add up to the step
 
 Every run is one of `pipe train`'s, in this process, on one set of tars: decoding, collating, logging and the tracker
@@ -8,8 +10,8 @@ are in its time. Runs take turns, some steps at a time; a ratio is of the rates 
 median of such ratios with 95 % (order statistics, whatever their distribution). A bar is met where the whole interval
 lies at or above it, missed where it lies below, and undecided else. Checkpoints and validation are left out.
 
-Scenes are drawn, and networks have random weights; --data takes tars of photographs. Trunk, student and sizes are
-those of configs/small.yaml.
+Scenes are drawn, and networks have random weights; --data takes tars of photographs, --teacher a MobileNetV2's
+weights. Trunk, student and sizes are those of configs/small.yaml. (b) has smaller batches, for its teachers are slow.
 """
 
 from __future__ import annotations
@@ -17,15 +19,34 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import open_clip_trainer
 import torch
 from common import Timing, interleave, load, machine, markdown, median_interval, parse, parser, report
 from step_parts import PARTS, Stopwatch, watched, watching
 from step_runs import Place, Run, place, with_constant_targets
 
-CACHE_BAR = 0.97
+CACHE_BAR, OPEN_CLIP_BAR = 0.97, 1.0
+TEACHER_BATCH, TEACHER_ROWS = 32, 96
+
+
+def _vit(name: str, pixels: int) -> dict[str, Any]:
+    scales = [{"name": scale, "layer": layer, "grid": 7} for scale, layer in (("fine", -1), ("coarse", 8))]
+    return {"name": name, "image_size": pixels, "scales": scales}
+
+
+# name → the configuration's `teacher`; None: that of configs/small.yaml.
+TEACHERS: dict[str, dict[str, Any] | None] = {
+    "MobileNetV2 at 224": None,
+    "ViT-S/16 at 112": _vit("vit_small_patch16_dinov3_qkvb", 112),
+    "ViT-S/16 at 224": _vit("vit_small_patch16_dinov3_qkvb", 224),
+    "ViT-B/16 at 224": _vit("vit_base_patch16_dinov3_qkvb", 224),
+}
+LARGE = "ViT-B/16 at 224"
 COLUMNS = ("task", "ms a step", "pairs/s", "rate / other", "95 % interval", "CPU / other", "FLOPs / other", "verdict")
 
 
@@ -67,18 +88,63 @@ class Table:
         self.cells.append([name, f"{1e3 * seconds:.2f}", "", f"{share:.3f}", "", "", "", ""])
 
 
-def with_the_cache(at: Place, steps: int, rounds: int, table: Table) -> None:
+def with_the_cache(at: Place, steps: int, rounds: int, table: Table, arguments: argparse.Namespace) -> None:
     """(a)"""
-    config = at.prepared(at.config("cached"))
+    config = at.prepared(at.config("cached", weights=arguments.teacher))
     runs = {"a constant targets": with_constant_targets(Run(config, "constant")), "a cache": Run(config, "cache")}
-    timings = interleave({name: lambda _, run=run: run.steps(steps) for name, run in runs.items()}, rounds)
+    timings = interleave({name: _steps_of(run, steps) for name, run in runs.items()}, rounds)
     table.add("a constant targets", timings["a constant targets"])
     table.add("a cache", timings["a cache"], timings["a constant targets"], bar=CACHE_BAR)
 
 
-def by_part(at: Place, steps: int, rounds: int, table: Table) -> None:
+def beside_teachers(at: Place, steps: int, rounds: int, table: Table, arguments: argparse.Namespace) -> None:
+    """(b): the teacher's forward pass in each step against reading what it said once."""
+    from pipeline.models.cost import flops_per_sample, teacher_flops
+
+    at = replace(at, images=min(at.images, TEACHER_ROWS), batch=min(at.batch, TEACHER_BATCH))
+    table = replace(table, pairs=at.batch * steps)
+    chosen = {"tiny": None} if at.quick else TEACHERS
+    for number, (name, teacher) in enumerate(chosen.items()):
+        if name == LARGE and not arguments.large:
+            continue
+        weights = arguments.teacher if teacher is None else None
+        config = at.prepared(at.config(f"teacher{number}", teacher, weights))
+        cached, live = (
+            Run(config, "cache"),
+            Run(at.config(f"teacher{number}", teacher, weights, teacher__online=True), "live"),
+        )
+        own = flops_per_sample(cached.training.bare.model)
+        more = teacher_flops(live.session.teacher.teacher)
+        timings = interleave({key: _steps_of(run, steps) for key, run in (("live", live), ("cache", cached))}, rounds)
+        table.add(f"b in the loop: {name}", timings["live"])
+        table.add(f"b cache: {name}", timings["cache"], timings["live"], flops=f"{(own + more) / own:.2f}")
+        table.figures[f"b_cache:_{name.replace(' ', '_')}/ratio_of_flops"] = (own + more) / own
+
+
+def beside_open_clip(at: Place, steps: int, rounds: int, table: Table, arguments: argparse.Namespace) -> None:
+    """(c): a round is an epoch of open_clip's, over all images."""
+    if lacks := open_clip_trainer.missing():
+        print(f"c is left out: no {lacks} (pip install open_clip_torch[training])\n")
+        return
+    config = at.prepared(at.config("clip", train__method="clip"))
+    run = Run(config, "clip")
+    whole = max(1, len(run.data.train_rows) // at.batch)
+    theirs = open_clip_trainer.OpenClip(run, sorted(Path(at.source).glob("*.tar")), whole, at.folder / "open_clip")
+    batch = run.session.datasets["train"][next(run.session.plan.steps())].to(run.training.accelerator.device)
+    theirs.check(run, batch.images, batch.tokens)
+    timings = interleave({"open_clip": theirs, "clip": _steps_of(run, whole)}, rounds)
+    table = replace(table, pairs=at.batch * whole, steps=whole)
+    table.add("c open_clip_train", timings["open_clip"])
+    table.add("c pipe train --method clip", timings["clip"], timings["open_clip"], bar=OPEN_CLIP_BAR)
+
+
+def _steps_of(run: Run, steps: int) -> Callable[[int], None]:
+    return lambda _: run.steps(steps)
+
+
+def by_part(at: Place, steps: int, rounds: int, table: Table, arguments: argparse.Namespace) -> None:
     """(d), in the order of PARTS and with their sum."""
-    run = Run(at.prepared(at.config("cached")), "parts")
+    run = Run(at.prepared(at.config("cached", weights=arguments.teacher)), "parts")
     run.steps(steps)
     watch = Stopwatch(run.training.accelerator.device)
     run.around = lambda stream: watched(watch, stream)
@@ -92,11 +158,16 @@ def by_part(at: Place, steps: int, rounds: int, table: Table) -> None:
     table.add_part("d the step", whole / (rounds * steps), 1.0)
 
 
+QUESTIONS = {"a": with_the_cache, "b": beside_teachers, "c": beside_open_clip, "d": by_part}
+
+
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--data", type=Path, help="tars of photographs in place of drawn scenes")
     command.add_argument("--workers", type=int, default=0, help="processes that read batches (default 0)")
-    command.add_argument("--only", default="ad", help="which questions, for instance ad (default all)")
+    command.add_argument("--teacher", type=Path, help="weights of a mobilenetv2_100 with 1,001 classes")
+    command.add_argument("--large", action="store_true", help="(b) with a ViT-B/16 too")
+    command.add_argument("--only", default="abcd", help="which questions, for instance ad (default all)")
     counts = {
         "images": (512, 32, "rows of the cache"),
         "batch": (64, 8, "pairs a step"),
@@ -118,9 +189,9 @@ def measure(arguments: argparse.Namespace, images: int, batch: int, steps: int, 
             batch=batch,
             workers=arguments.workers,
         )
-        for letter, work in {"a": with_the_cache, "d": by_part}.items():
+        for letter, work in QUESTIONS.items():
             if letter in arguments.only:
-                work(at, steps, rounds, table)
+                work(at, steps, rounds, table, arguments)
     packages = ("numpy", "torch", "open_clip_torch", "timm", "pillow", "accelerate")
     threads = f"{torch.get_num_threads()} threads, {arguments.workers} workers, {batch} pairs a step"
     figures = table.figures | {"images": images, "rounds": rounds, "threads": torch.get_num_threads()}

@@ -136,7 +136,7 @@ def test_interleaved_rounds_take_turns_and_ratios_pair_them(benchmark: ModuleTyp
 
 def test_every_benchmark_is_run_above() -> None:
     """One that nobody runs is found broken by whoever needs its figures."""
-    helpers = {"common", "stores", "teacher_features", "step_parts", "step_runs"}
+    helpers = {"common", "stores", "teacher_features", "step_parts", "step_runs", "open_clip_trainer"}
     (runs,) = test_quick_run_prints_one_table_and_writes_the_documented_json.pytestmark
     assert {path.stem for path in FOLDER.glob("*.py")} == helpers | {case[0] for case in runs.args[1]}
 
