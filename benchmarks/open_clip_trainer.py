@@ -26,11 +26,6 @@ def missing() -> str:
     return ", ".join(name for name in needed if importlib.util.find_spec(name) is None)
 
 
-def can_be_compared(run: Run) -> bool:
-    """One GPU or a CPU, and a precision that both name alike."""
-    return run.training.accelerator.num_processes == 1 and run.training.accelerator.mixed_precision in ("no", "bf16")
-
-
 class OpenClip:
     """Its trainer on a run's model and tars; a call trains one epoch of `steps` batches.
 
@@ -61,18 +56,8 @@ class OpenClip:
     def __call__(self, _: int) -> None:
         from open_clip_train.train import train_one_epoch
 
-        train_one_epoch(
-            self.model,
-            self.data,
-            self.loss,
-            self.epoch,
-            self.optimizer,
-            None,
-            self.scheduler,
-            None,
-            self.args,
-            self.writer,
-        )
+        to = (self.optimizer, None, self.scheduler, None, self.args, self.writer)
+        train_one_epoch(self.model, self.data, self.loss, self.epoch, *to)
         if self.args.device.type == "cuda":
             torch.cuda.synchronize()
         self.epoch += 1
@@ -87,10 +72,9 @@ class OpenClip:
             gradients.append(torch.cat([p.grad.flatten() for p in clip.parameters() if p.grad is not None]))
             clip.zero_grad(set_to_none=True)
         apart = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
-        if abs(float(ours - theirs)) > TOLERANCE * float(theirs) or not apart < 1e2 * TOLERANCE:
-            raise ValueError(
-                f"ours and open_clip's differ: loss {float(ours)}, {float(theirs)}; gradients by {apart:.2g}"
-            )
+        one, other = float(ours.detach()), float(theirs.detach())
+        if not (abs(one - other) < TOLERANCE * other and apart < 100 * TOLERANCE):
+            raise ValueError(f"ours and open_clip's differ: loss {one}, {other}; gradients by {apart:.2g}")
 
 
 def _copy(trunk: Any, config: Any, image_size: int) -> torch.nn.Module:
