@@ -35,6 +35,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         ("scale", {f"small/ratio_of_{kind}_rate_to_small" for kind in ("record", "captions", "cache", "memmap")}),
         ("cache_fidelity", set()),
         ("roi", set()),
+        ("decode", {"500_x_375/Pillow/ratio_of_rate_to_Pillow"}),
         ("train_step", {"d_the_step/ratio_of_step"}),
     ],
 )
