@@ -51,8 +51,8 @@ TINY: dict[str, Any] = {
 }
 
 
-class RoundOver(Exception):
-    """The steps of one round are done; ends a run's loop from its stream of batches."""
+class RoundOver(BaseException):
+    """A round's steps are done: ends a run's loop from its stream of batches. No error, so none is explained."""
 
 
 @dataclass
