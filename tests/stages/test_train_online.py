@@ -11,11 +11,11 @@ from train_runs import losses, run
 from pipeline.config import load_config
 from pipeline.errors import PipeError
 from pipeline.models.cost import teacher_flops
-from pipeline.run_folder import read_json
-from stages import extract_teacher
+from pipeline.run_folder import Workspace, read_json
+from stages import extract_teacher, train_data, train_setup
 
 ONLINE = "teacher.online=true"
-SHORT = ["train.max_steps=3", "train.validate_every=3"]
+SHORT = ["train.max_steps=2", "train.validate_every=2"]
 
 
 def test_an_online_run_is_the_cached_one_even_where_the_cache_holds_no_row(folder):
@@ -38,9 +38,11 @@ def test_permuted_targets_and_a_teacher_in_the_loop_exclude_each_other(folder):
         run(folder, sets=[ONLINE], **{"model.fusion": "shuffled-cache"})
 
 
-def test_methods_without_a_student_and_the_control_without_distillation_load_no_teacher(folder, monkeypatch):
+@pytest.mark.parametrize("flags", [{"train.method": "clip"}, {"model.fusion": "no-distill"}], ids=str)
+def test_where_nothing_is_distilled_no_teacher_is_loaded(folder, monkeypatch, flags):
     monkeypatch.setattr(extract_teacher, "load", None)
-    for flags in ({"train.method": "clip"}, {"model.fusion": "no-distill"}):
-        done = run(folder, name=next(iter(flags.values())), sets=["train.max_steps=1", ONLINE], **flags)
-        assert read_json(done.record)["teacher_online"] is False
-        assert len(losses(done)) == 1
+    config = load_config(folder / "pipe.yaml", flags=flags, sets=[ONLINE])
+    workspace = Workspace(config.workspace)
+    session = train_setup.prepare(config, train_data.open_data(workspace, config), workspace.run("any"))
+    assert session.teacher is None
+    assert session.with_targets([1, 2]) == [1, 2]

@@ -225,9 +225,7 @@ def test_without_an_injection_there_is_no_drift_to_log() -> None:
     tested = objective(order=0, student=False)
     images, tokens, _ = batch(5)
     only = Batch(0, 0, torch.arange(5), images, tokens, None)
-    found = validate(
-        tested, tested.model, [only], torch.device("cpu"), captions=one_caption_a_row(tokens), even=1
-    )
+    found = validate(tested, tested.model, [only], torch.device("cpu"), captions=one_caption_a_row(tokens), even=1)
     assert "i2t_r1" in found
     assert not [key for key in found if "drift" in key or "trunk" in key]
 
