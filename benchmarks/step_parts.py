@@ -3,6 +3,9 @@
 The run is the command's own (`pipeline.training.loop`); its functions are wrapped from outside while it is watched, so
 that nothing is measured which training does not do. A part that calls another stops while that one runs, so the parts
 add up to the whole. On a GPU every change of part waits for the device.
+
+The backward pass has no functions of its own to wrap. Autograd runs its nodes in the reverse order of the forward pass,
+and the node behind a part's output tells when that part's turn comes; what precedes the first of them are the losses.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -26,7 +30,10 @@ PARTS = (
     "lists",
     "distillation",
     "gate",
-    "backward",
+    "losses, backward",
+    "trunk, backward",
+    "student, backward",
+    "fusion, backward",
     "clipping",
     "optimiser",
     "logging",
@@ -39,12 +46,13 @@ class Stopwatch:
 
     Attributes:
         seconds: part → its time so far; their sum is the time watched.
+        cpu: the same of the time that this process's threads had on a processor.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict[str, float](float)
+        self.device, self.seconds, self.cpu = device, defaultdict[str, float](float), defaultdict[str, float](float)
         self._stack: list[str] = []
-        self._since = 0.0
+        self._since = self._cpu_since = 0.0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -60,19 +68,41 @@ class Stopwatch:
     def _charge(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
+        now, cpu_now = time.perf_counter(), time.process_time()
         if self._stack:
             self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
+            self.cpu[self._stack[-1]] += cpu_now - self._cpu_since
+        self._since, self._cpu_since = now, cpu_now
+
+    def turn_to(self, name: str) -> None:
+        """Charge the rest of the part at hand to `name`."""
+        self._charge()
+        self._stack[-1] = name
 
     def wrapped(self, work: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """`work`, charged to `name`."""
+        """`work`, charged to `name`; for a name that ends in `forward`, its backward pass to that of `backward`."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
             with self.part(name):
-                return work(*arguments, **named)
+                result = work(*arguments, **named)
+            if name.endswith("forward"):
+                later = name.removesuffix("forward") + "backward"
+                for node in {x.grad_fn for x in _tensors(result) if x.grad_fn is not None}:
+                    node.register_prehook(lambda _: self.turn_to(later))
+            return result
 
         return timed
+
+
+def _tensors(found: Any) -> Iterator[torch.Tensor]:
+    """Those in a tensor, a sequence, a mapping or a dataclass."""
+    if isinstance(found, torch.Tensor):
+        yield found
+    elif is_dataclass(found):
+        yield from _tensors([getattr(found, of.name) for of in fields(found)])
+    elif isinstance(found, dict | list | tuple):
+        for part in found.values() if isinstance(found, dict) else found:
+            yield from _tensors(part)
 
 
 @contextmanager
@@ -91,7 +121,7 @@ def watching(watch: Stopwatch, training: Any) -> Iterator[None]:
     targets += [(side, "forward", "fusion, forward") for side in model.fusion.values()]
     targets += [(objective, f"_{name}", name) for name in ("contrastive", "lists", "distillation")]
     targets += [(objective_module, "add_gate", "gate"), (objective_module, "order_agreement", "logging")]
-    targets += [(accelerator, "backward", "backward"), (accelerator, "clip_grad_norm_", "clipping")]
+    targets += [(accelerator, "backward", "losses, backward"), (accelerator, "clip_grad_norm_", "clipping")]
     targets += [(training.optimizer, name, "optimiser") for name in ("step", "zero_grad")]
     targets += [(training, name, "logging") for name in ("_after_step", "_part_gradients", "_term_gradients")]
     with ExitStack() as undo:

@@ -97,11 +97,12 @@ class Table:
         )
         self.cells.append([name, *shown, flops, verdict])
 
-    def add_part(self, name: str, seconds: float, share: float) -> None:
+    def add_part(self, name: str, seconds: float, share: float, cpu_share: float) -> None:
         """A part of a step: its time, and its share in place of a ratio."""
-        self.figures |= {f"{name.replace(' ', '_')}/milliseconds_per_step": 1e3 * seconds}
-        self.figures |= {f"{name.replace(' ', '_')}/ratio_of_step": share}
-        self.cells.append([name, f"{1e3 * seconds:.2f}", "", f"{share:.3f}", "", "", "", "", ""])
+        key = name.replace(" ", "_")
+        self.figures |= {f"{key}/milliseconds_per_step": 1e3 * seconds, f"{key}/ratio_of_step": share}
+        self.figures |= {f"{key}/ratio_of_cpu_of_step": cpu_share}
+        self.cells.append([name, f"{1e3 * seconds:.2f}", "", f"{share:.3f}", "", f"{cpu_share:.3f}", "", "", ""])
 
 
 def _interval(low: float, high: float) -> str:
@@ -172,10 +173,11 @@ def by_part(at: Place, steps: int, rounds: int, table: Table, arguments: argpars
         for _ in range(rounds):
             with watch.part(PARTS[-1]):
                 run.steps(steps)
-    whole = sum(watch.seconds.values())
+    whole, cpu = sum(watch.seconds.values()), sum(watch.cpu.values())
     for name in PARTS:
-        table.add_part(f"d {name}", watch.seconds[name] / (rounds * steps), watch.seconds[name] / whole)
-    table.add_part("d the step", whole / (rounds * steps), 1.0)
+        seconds = watch.seconds[name]
+        table.add_part(f"d {name}", seconds / (rounds * steps), seconds / whole, watch.cpu[name] / cpu)
+    table.add_part("d the step", whole / (rounds * steps), 1.0, 1.0)
 
 
 QUESTIONS = {"a": with_the_cache, "b": beside_teachers, "c": beside_open_clip, "d": by_part}

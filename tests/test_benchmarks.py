@@ -182,3 +182,36 @@ def test_a_stopwatch_charges_every_moment_to_the_innermost_part(
             watch.wrapped([].pop, "failing")()
         spend(16)
     assert dict(watch.seconds) == {"outer": 21, "inner": 2, "waiting for data": 0, "failing": 0}
+
+
+@pytest.mark.parametrize("benchmark", ["step_parts"], indirect=True)
+def test_the_backward_pass_is_charged_to_the_part_whose_forward_pass_it_undoes(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = benchmark.torch
+    now = 0.0
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+
+    class Slow(torch.autograd.Function):
+        """The identity; its backward pass takes some seconds."""
+
+        @staticmethod
+        def forward(ctx, x, seconds):
+            ctx.seconds = seconds
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            nonlocal now
+            now += ctx.seconds
+            return gradient, None
+
+    watch = benchmark.Stopwatch(torch.device("cpu"))
+    first = watch.wrapped(lambda x: {"a": Slow.apply(Slow.apply(x, 1), 2)}, "trunk, forward")
+    second = watch.wrapped(lambda x: (Slow.apply(x, 4), None), "student, forward")
+    x = torch.ones(2, requires_grad=True)
+    middle = first(x)["a"]
+    loss = Slow.apply(second(middle)[0] + middle, 8).sum()
+    watch.wrapped(loss.backward, "losses, backward")()
+    seconds = {name: value for name, value in watch.seconds.items() if value}
+    assert seconds == {"losses, backward": 8, "student, backward": 4, "trunk, backward": 3}
