@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -138,6 +139,7 @@ class Run:
     name: str
     around: Callable[[Iterator[Any]], Iterator[Any]] = iter
     session: Any = field(init=False)
+    tracker: Any = None  # opened once, as in a run
 
     def __post_init__(self) -> None:
         from stages.train_data import open_data
@@ -153,10 +155,23 @@ class Run:
 
     def steps(self, count: int) -> None:
         """`count` steps of the loop, data and logging included; what reads the batches is started and ended here."""
+        from pipeline.training import loop
+
+        made, loop.Tracker = loop.Tracker, self._tracker  # type: ignore[assignment, misc]
         try:
             self.training.run(self._stream(count), dict)
         except RoundOver:
             return
+        finally:
+            loop.Tracker = made  # type: ignore[misc]
+
+    def _tracker(self, *arguments: Any, **named: Any) -> AbstractContextManager[Any]:
+        """The run's one tracker, which the end of a round leaves open."""
+        from pipeline.training.tracking import Tracker
+
+        if self.tracker is None:
+            self.tracker = Tracker(*arguments, **named)
+        return nullcontext(self.tracker)
 
     def _stream(self, count: int) -> Iterator[Any]:
         from pipeline.training.data import batches
