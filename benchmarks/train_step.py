@@ -153,10 +153,13 @@ def beside_open_clip(at: Place, steps: int, rounds: int, table: Table, arguments
     theirs = open_clip_trainer.OpenClip(run, sorted(Path(at.source).glob("*.tar")), whole, at.folder / "open_clip")
     batch = run.session.datasets["train"][next(run.session.plan.steps())].to(run.training.accelerator.device)
     theirs.check(run, batch.images, batch.tokens)
-    timings = interleave({"open_clip": theirs, "clip": _steps_of(run, whole)}, rounds)
+    last = Run(at.config("clip", train__method="clip", train__channels_last=True), "last")
+    tasks = {"open_clip": theirs, "clip": _steps_of(run, whole), "last": _steps_of(last, whole)}
+    timings = interleave(tasks, rounds)
     table = replace(table, pairs=at.batch * whole, steps=whole)
     table.add("c open_clip_train", timings["open_clip"])
     table.add("c pipe train --method clip", timings["clip"], timings["open_clip"], bar=OPEN_CLIP_BAR)
+    table.add("c the same, train.channels_last", timings["last"], timings["open_clip"])
 
 
 def _steps_of(run: Run, steps: int) -> Callable[[int], None]:

@@ -215,6 +215,7 @@ class TrainConfig(Section):
     grad_clip: Weight = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 1500
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    channels_last: bool = False  # a convolutional trunk's memory layout: faster, and sums are rounded otherwise
     seed: int = 0
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2

@@ -50,6 +50,8 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     objective = build_objective(config, data.cache)
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
+    if config.train.channels_last:
+        objective.model.trunk.clip.visual.to(memory_format=torch.channels_last)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     shown = accelerator.is_main_process
