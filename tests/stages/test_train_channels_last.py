@@ -52,10 +52,10 @@ def test_loss_and_gradients_are_those_of_the_usual_layout(convolutional):
 
 
 def test_a_run_goes_on_bit_for_bit(convolutional, monkeypatch):
-    sets = [LAST, "train.max_steps=4"]
+    sets = [LAST, "train.max_steps=2"]
     whole = run(convolutional, name="whole", sets=sets, **CLIP)
     original = Training._any_process
-    monkeypatch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 2))
+    monkeypatch.setattr(Training, "_any_process", lambda self, flag: original(self, flag or self.step == 1))
     with pytest.raises(Stopped):
         run(convolutional, name="cut", sets=sets, **CLIP)
     monkeypatch.undo()
