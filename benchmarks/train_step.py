@@ -10,7 +10,8 @@ are in its time. Runs take turns, some steps at a time; a ratio is of the rates 
 median of such ratios with 95 % (order statistics, whatever their distribution). A bar is met where the whole interval
 of the wall's ratios lies at or above it, missed where it lies below, and undecided else. "CPU" is the same ratio of the
 time that this process's threads had on a processor, which other jobs on the machine disturb less (without --workers it
-is all of the work). Checkpoints and validation are left out.
+is all of the work). With workers, ours are started in each round, as a run does once, and open_clip's stay: rounds must
+be long then. Checkpoints and validation are left out.
 
 Scenes are drawn, and networks have random weights; --data takes tars of photographs, --teacher a MobileNetV2's
 weights. Trunk, student and sizes are those of configs/small.yaml. (b) has smaller batches, for its teachers are slow.
