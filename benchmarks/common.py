@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import statistics
@@ -101,6 +102,20 @@ class Timing:
         """The median over rounds that both ran of own seconds / the other's: what slows a whole round cancels."""
         own, theirs = getattr(self, clock), getattr(other, clock)
         return statistics.median(own[i] / theirs[i] for i in own if i in theirs)
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Two of `values` between which their distribution's median lies with at least `confidence`, whatever its shape.
+
+    n values fall on either side of the median like coins: the k-th smallest lies above it with the probability of
+    fewer than k heads in n throws. Too few values for `confidence` (fewer than 6 at 95 %): nothing is known,
+    (-inf, inf).
+    """
+    ordered, n = sorted(values), len(values)
+    outside, k = 0.0, 0
+    while k < n / 2 and 2 * (outside + math.comb(n, k) / 2**n) <= 1 - confidence:
+        outside, k = outside + math.comb(n, k) / 2**n, k + 1
+    return (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
 
 
 def interleave(

@@ -128,6 +128,7 @@ class TeacherConfig(Section):
     scales: Annotated[list[ScaleConfig], Field(min_length=1)] = Field(default_factory=_default_scales)
     views: list[ViewConfig] = []
     compile: bool = False  # torch.compile
+    online: bool = False  # pipe train runs the teacher in the loop, to compare with a cache or to check it
     seed: int = 0
 
     @model_validator(mode="after")
@@ -228,6 +229,7 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 1500
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     ddp: DdpConfig = DdpConfig()
+    channels_last: bool = False  # a convolutional trunk's memory layout: faster, and sums are rounded otherwise
     seed: int = 0
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
@@ -305,6 +307,15 @@ class Config(Section):
     def _one_way_to_crop(self) -> Config:
         if self.data.roi is not None and self.teacher.views:
             raise ValueError("data.roi and teacher.views exclude each other: crops of one view, or several stored ones")
+        return self
+
+    @model_validator(mode="after")
+    def _online_sees_its_own_images(self) -> Config:
+        if self.teacher.online and self.data.permute_targets:
+            raise ValueError(
+                "teacher.online and data.permute_targets (fusion shuffled-cache) exclude each other: a teacher in the "
+                "loop looks at a batch's own images"
+            )
         return self
 
     def dump(self) -> dict[str, Any]:

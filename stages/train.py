@@ -1,7 +1,7 @@
 """`pipe train`: stage two. Images, captions and the teacher's cached features become a model in a run folder.
 
-The teacher itself is neither loaded nor needed. Alone, the command takes every visible GPU (or the CPU); under
-`accelerate launch` it obeys that.
+The teacher itself is neither loaded nor needed, unless `teacher.online` asks for it. Alone, the command takes every
+visible GPU (or the CPU); under `accelerate launch` it obeys that.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _run(config: Config, folder: RunFolder, *, resume: bool) -> None:
         log.info("run %s is finished already: %s", folder.name, folder.path)
         return
     data = open_data(Workspace(config.workspace), config)
-    data.init = train_init.origin(config, None if found is None else found.path)
+    data.init = train_init.origin(config, found)
     if found is not None:
         resuming.refuse_other_data(found, data.identity(), folder)
     benchmark = zero_shot_entry(config)
@@ -105,13 +105,14 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     batch_size = config.train.batch_size
 
     def measure() -> dict[str, float]:
+        steps = validation_steps(val, batch_size=batch_size, **place)
         if training.ema is not None:
             training.ema.share()
         objective, model = training.judged()
         figures = validate(
             objective,
             model,
-            batches(dataset, validation_steps(val, batch_size=batch_size, **place), workers=0),
+            session.with_targets(batches(dataset, steps, workers=0)),
             accelerator.device,
             captions=captions,
             even=even_batches(len(val), batch_size),
@@ -126,7 +127,7 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
         session.datasets["train"], plan.steps(start=training.step, **place), workers=session.workers, pin_memory=pin
     )
     with closing(stream):  # also after an error: its workers would outlive it
-        training.run(stream, measure)
+        training.run(session.with_targets(stream), measure)
 
 
 def _finish(session: Session, config: Config, data: Data) -> None:
@@ -157,8 +158,12 @@ def _finish(session: Session, config: Config, data: Data) -> None:
             "simclr_parameters": sum(p.numel() for p in objective.simclr.parameters()) if objective.simclr else 0,
             "peak_memory_bytes": machine.peak_memory(),
             "flops_per_sample": flops_per_sample(
-                model, texts=1 + (objective.adaptive is not None), simclr=objective.simclr
+                model,
+                texts=1 + (objective.adaptive is not None),
+                simclr=objective.simclr,
+                teacher=session.teacher and session.teacher.teacher,
             ),
+            "teacher_online": session.teacher is not None,
             "world_size": training.accelerator.num_processes,
             "precision": training.accelerator.mixed_precision,
             "machine": machine.describe(),

@@ -165,7 +165,8 @@ def _cached_rows(cache: Cache, rows: np.ndarray, config: Config) -> np.ndarray:
     state[: cache.rows] = cache.state()
     state = state[rows]
     absent = int((state == 0).sum())
-    if absent and config.data.rows == "all":
+    looked_at_now = config.teacher.online and config.data.rows == "all"  # what is absent, by a teacher in the loop
+    if absent and config.data.rows == "all" and not looked_at_now:
         raise PipeError(
             f"{absent:,} of {len(rows):,} rows are not in the teacher cache",
             where=cache.path,
@@ -173,4 +174,4 @@ def _cached_rows(cache: Cache, rows: np.ndarray, config: Config) -> np.ndarray:
         )
     if undecodable := int((state == 2).sum()):
         log.info("leaving out %d rows whose image the teacher could not decode", undecodable)
-    return rows[state == 1]
+    return rows[state != 2] if looked_at_now else rows[state == 1]

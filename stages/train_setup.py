@@ -11,6 +11,7 @@ from pipeline.console import log
 from pipeline.run_folder import RunFolder, code_version, sha256_file, write_bytes, write_json
 from stages import train_init
 from stages.train_data import Data
+from stages.train_online import online_teacher
 
 
 @dataclass
@@ -21,6 +22,11 @@ class Session:
     plan: Any  # pipeline.training.sampler.BatchPlan
     datasets: dict[str, Any]  # split -> pipeline.training.data.PairDataset
     workers: int
+    teacher: Any = None  # pipeline.training.online.OnlineTeacher, where it is in the loop
+
+    def with_targets(self, stream: Any) -> Any:
+        """The same batches; where the teacher is in the loop, with what it says of them."""
+        return stream if self.teacher is None else map(self.teacher, stream)
 
 
 def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True) -> Session:
@@ -51,11 +57,15 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         batch_size=train.batch_size,
         grad_checkpointing=train.grad_checkpointing,
     )
+    if train.channels_last:
+        objective.model.trunk.clip.visual.to(memory_format=torch.channels_last)
     ema = None if train.ema is None else MovingAverage(objective, train.ema)
     towers = compile_towers(objective.model, accelerator.device) if train.compile else Towers()
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
-    datasets = _datasets(config, data, objective.model)
+    shown = accelerator.is_main_process
+    teacher = None if objective.targets is None else online_teacher(config, data, accelerator.device, shown=shown)
+    datasets = _datasets(config, data, objective.model, teacher)
     steps_per_epoch = len(data.train_rows) // config.train.batch_size
     total = config.train.max_steps or config.train.epochs * steps_per_epoch
     plan = _plan(config, data, total)
@@ -80,7 +90,8 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         ema=ema,
         towers=towers,
     )
-    return Session(training, plan, datasets, machine.data_workers(config.data.workers, accelerator.num_processes))
+    workers = machine.data_workers(config.data.workers, accelerator.num_processes)
+    return Session(training, plan, datasets, workers, teacher)
 
 
 def _plan(config: Config, data: Data, total_steps: int) -> Any:
@@ -154,7 +165,7 @@ def _loss_values(config: Config) -> dict[str, Any]:
     return values
 
 
-def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
+def _datasets(config: Config, data: Data, model: Any, teacher: Any) -> dict[str, Any]:
     from pipeline.data.augment import SimCLRViews
     from pipeline.data.samples import SampleReader
     from pipeline.data.views import Preprocess, View
@@ -171,7 +182,8 @@ def _datasets(config: Config, data: Data, model: Any) -> dict[str, Any]:
         SampleReader(data.manifest),
         preprocess,
         model.trunk.tokenizer,
-        cache=data.cache,
+        cache=data.cache if teacher is None else None,
+        teacher_view=None if teacher is None else teacher.view,
         roi=_roi(config, data.cache),
         target_rows=target_rows,
         seed=config.train.seed,

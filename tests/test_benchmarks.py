@@ -35,6 +35,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         ("scale", {f"small/ratio_of_{kind}_rate_to_small" for kind in ("record", "captions", "cache", "memmap")}),
         ("cache_fidelity", set()),
         ("roi", set()),
+        ("decode", {"500_x_375/Pillow/ratio_of_rate_to_Pillow"}),
+        ("train_step", {"d_the_step/ratio_of_step"}),
     ],
 )
 def test_quick_run_prints_one_table_and_writes_the_documented_json(tmp_path: Path, name: str, ratios: set[str]) -> None:
@@ -135,6 +137,81 @@ def test_interleaved_rounds_take_turns_and_ratios_pair_them(benchmark: ModuleTyp
 
 def test_every_benchmark_is_run_above() -> None:
     """One that nobody runs is found broken by whoever needs its figures."""
-    helpers = {"common", "stores", "teacher_features"}
+    helpers = {"common", "stores", "teacher_features", "step_parts", "step_runs", "open_clip_trainer"}
     (runs,) = test_quick_run_prints_one_table_and_writes_the_documented_json.pytestmark
     assert {path.stem for path in FOLDER.glob("*.py")} == helpers | {case[0] for case in runs.args[1]}
+
+
+@pytest.mark.parametrize("benchmark", ["common"], indirect=True)
+def test_the_interval_of_a_median_holds_it_as_often_as_it_says(benchmark: ModuleType) -> None:
+    """By counting: lognormal values, whose mean is not their median."""
+    rng = np.random.default_rng(0)
+    for n in (6, 12, 15):
+        drawn = rng.lognormal(size=(4000, n))
+        found = np.array([benchmark.median_interval(values.tolist()) for values in drawn])
+        held = ((found[:, 0] <= 1) & (found[:, 1] >= 1)).mean()
+        assert held >= 0.94, n
+        narrower = np.sort(drawn, axis=1)[:, [k := int((drawn < found[:, :1]).sum(1)[0]) + 1, n - 1 - k]]
+        assert ((narrower[:, 0] <= 1) & (narrower[:, 1] >= 1)).mean() < 0.95, n  # and no wider than it must be
+    assert benchmark.median_interval([1.0] * 5) == (-np.inf, np.inf)
+
+
+@pytest.mark.parametrize("benchmark", ["step_parts"], indirect=True)
+def test_a_stopwatch_charges_every_moment_to_the_innermost_part(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def spend(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", clock)
+    watch = benchmark.Stopwatch(benchmark.torch.device("cpu"))
+    inner = watch.wrapped(spend, "inner")
+    spend(100)  # nobody watches
+    with watch.part("outer"):
+        spend(1)
+        inner(2)
+        spend(4)
+        list(benchmark.watched(watch, iter(["a", "b"])))
+        with pytest.raises(IndexError):
+            watch.wrapped([].pop, "failing")()
+        spend(16)
+    assert dict(watch.seconds) == {"outer": 21, "inner": 2, "waiting for data": 0, "failing": 0}
+
+
+@pytest.mark.parametrize("benchmark", ["step_parts"], indirect=True)
+def test_the_backward_pass_is_charged_to_the_part_whose_forward_pass_it_undoes(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = benchmark.torch
+    now = 0.0
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+
+    class Slow(torch.autograd.Function):
+        """The identity; its backward pass takes some seconds."""
+
+        @staticmethod
+        def forward(ctx, x, seconds):
+            ctx.seconds = seconds
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            nonlocal now
+            now += ctx.seconds
+            return gradient, None
+
+    watch = benchmark.Stopwatch(torch.device("cpu"))
+    first = watch.wrapped(lambda x: {"a": Slow.apply(Slow.apply(x, 1), 2)}, "trunk, forward")
+    second = watch.wrapped(lambda x: (Slow.apply(x, 4), None), "student, forward")
+    x = torch.ones(2, requires_grad=True)
+    middle = first(x)["a"]
+    loss = Slow.apply(second(middle)[0] + middle, 8).sum()
+    watch.wrapped(loss.backward, "losses, backward")()
+    seconds = {name: value for name, value in watch.seconds.items() if value}
+    assert seconds == {"losses, backward": 8, "student, backward": 4, "trunk, backward": 3}

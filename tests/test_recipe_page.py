@@ -18,6 +18,7 @@ NOT_OF_THE_RECIPE = {
     *("data.source", "data.val_source", "data.workers", "data.cache", "data.cache_access"),
     *("data.permute_targets", "data.second_caption"),
     *("teacher.checkpoint", "teacher.random_weights", "teacher.mean", "teacher.std", "teacher.compile", "teacher.seed"),
+    *("teacher.online", "train.channels_last"),
     *("teacher.model_args", "train.method", "train.seed", "train.max_steps", "train.wandb", "model.fusion"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.log_every"),
     *("train.micro_batch_size", "train.grad_checkpointing", "train.compile"),

@@ -48,7 +48,7 @@ class CacheWriter:
         cache = open_cache(path)
         self.path, self.rows, self.shard_rows, self.shards = path, cache.rows, cache.shard_rows, cache.shards
         self.arrays, self.scales, self.part = cache.arrays, cache.scales, part
-        self.codecs = {s.name: _stored_codec(cache, s) for s in cache.scales}
+        self.codecs = {s.name: stored_codec(cache, s) for s in cache.scales}
         self.counting = cache.counting
         self._sealed = (path / SEALS / layout.METADATA).exists()  # caches of older writers have no seals
         if (held := lock.claim(part.shards(self.shards))) is not None:
@@ -256,5 +256,5 @@ class CacheWriter:
         return state
 
 
-def _stored_codec(cache: Cache, scale: ScaleInfo) -> ScaleCodec:
+def stored_codec(cache: Cache, scale: ScaleInfo) -> ScaleCodec:
     return ScaleCodec(scale.dtype, scale.width, cache.basis(scale.name), cache.steps[scale.name], scale.explained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.dinorankclip import DinoRankCLIP
 
+if TYPE_CHECKING:
+    from pipeline.teacher.teacher import Teacher
+
 BACKWARD = 2  # gradients of inputs and of weights: two products of the size of each forward one
 
 
-def flops_per_sample(model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module | None = None) -> int:
+def flops_per_sample(
+    model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module | None = None, teacher: Teacher | None = None
+) -> int:
     """FLOPs of training on one sample: the forward pass and twice that for the backward pass, which a frozen trunk
     does not have.
 
     Args:
         texts: captions that are encoded of each image (ALIP: 2).
         simclr: the projection head of SLIP, which takes two more views of each image through the trunk.
+        teacher: one in the loop, whose forward pass is all that it costs.
     """
     by_part = flops_by_part(model)
     total = sum(training_flops(model, by_part).values())
@@ -38,7 +44,7 @@ def flops_per_sample(model: DinoRankCLIP, *, texts: int = 1, simclr: nn.Module |
             of_trunk = _count(lambda: model.trunk.pooled(images))
             head = _count(lambda: simclr(pooled))
             total += 2 * ((1 if model.trunk.frozen else 1 + BACKWARD) * of_trunk + (1 + BACKWARD) * head)
-    return total
+    return total + (0 if teacher is None else teacher_flops(teacher))
 
 
 def training_flops(model: DinoRankCLIP, forward: Mapping[str, int]) -> dict[str, int]:
@@ -54,6 +60,13 @@ def forward_flops(model: DinoRankCLIP) -> dict[str, int]:
         kind = part.split("_")[0]
         found["fusion" if kind == "gate" else kind] += count
     return found | {"total": sum(found.values())}
+
+
+@torch.no_grad()
+def teacher_flops(teacher: Teacher) -> int:
+    """FLOPs of a teacher's forward pass on one image."""
+    blank = torch.zeros(1, 3, teacher.image_size, teacher.image_size, device=teacher.get_buffer("_mean").device)
+    return _count(lambda: teacher(blank))
 
 
 @torch.no_grad()

@@ -129,24 +129,34 @@ class Feed:
         pixels = [self.view(image), *(replay(image, geometry, self.view.size) for geometry in drawn)]
         return _Seen(np.stack([np.asarray(picture) for picture in pixels]), np.array(drawn).reshape(-1, NUMBERS))
 
-    @torch.inference_mode()
     def _features(self, pixels: Sequence[np.ndarray]) -> Features:
         """m pictures (S, S, 3) uint8 → scale → (m, T, C) float32, "global" → (m, C) float32."""
-        device = self.teacher.get_buffer("_mean").device
-        at_once = CPU_IMAGES if device.type == "cpu" else len(pixels)
-        parts = []
-        try:
-            for start in range(0, len(pixels), at_once):
-                images = torch.from_numpy(np.stack(pixels[start : start + at_once])).to(device)
-                with torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext():
-                    parts.append(self.teacher(self.teacher.normalise(images)))
-        except torch.OutOfMemoryError as error:
-            raise PipeError(
-                f"a batch of {len(pixels)} images does not fit on {device}",
-                where="teacher.batch_size",
-                fix="make it smaller",
-            ) from error
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return seen_by(self.teacher, torch.from_numpy(np.stack(pixels)), self.precision, at_once=len(pixels))
+
+
+@torch.inference_mode()
+def seen_by(teacher: Teacher, pixels: Tensor, precision: Precision, *, at_once: int) -> Features:
+    """What the teacher makes of pictures: scale → (m, T, C) float32, "global" → (m, C) float32, on its device.
+
+    Args:
+        pixels: (m, S, S, 3) uint8, m at least 1.
+        at_once: images a forward, on a GPU; on a CPU they are `CPU_IMAGES`.
+
+    Raises:
+        PipeError: they do not fit into the GPU's memory.
+    """
+    device = teacher.get_buffer("_mean").device
+    at_once = CPU_IMAGES if device.type == "cpu" else at_once
+    parts = []
+    try:
+        for images in pixels.split(at_once):
+            with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
+                parts.append(teacher(teacher.normalise(images.to(device, non_blocking=True))))
+    except torch.OutOfMemoryError as error:
+        raise PipeError(
+            f"a batch of {at_once} images does not fit on {device}", where="teacher.batch_size", fix="make it smaller"
+        ) from error
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def in_batches(rows: np.ndarray, size: int) -> list[np.ndarray]:

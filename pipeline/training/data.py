@@ -20,15 +20,16 @@ from pipeline.cache.layout import GEOMETRY
 from pipeline.cache.reader import Cache
 from pipeline.console import log
 from pipeline.data.augment import SimCLRViews
-from pipeline.data.geometry import ViewSpec, view_choice
+from pipeline.data.geometry import ViewSpec, replay, view_choice
 from pipeline.data.roi import BOXES, RoiSpec
 from pipeline.data.samples import SampleError, SampleReader
-from pipeline.data.views import Preprocess
+from pipeline.data.views import Preprocess, View
 from pipeline.errors import PipeError
 from pipeline.training.sampler import Step, caption_choice
 from pipeline.training.second_captions import SecondCaption
 
 LEFT_AFTER_SIGTERM_SECONDS = 30  # for a data worker: what clusters leave between SIGTERM and SIGKILL
+TEACHER_PIXELS = "teacher_pixels"  # among a batch's targets, for the teacher in the loop to look at: see online.py
 
 
 @dataclass
@@ -79,6 +80,7 @@ class _Pair:
     caption: str
     view: ViewSpec | None
     box: np.ndarray | None
+    teacher_pixels: np.ndarray | None
     second: str | None
     augmented: Tensor | None
 
@@ -94,6 +96,8 @@ class PairDataset(Dataset[Batch]):
         view_seed: that views were drawn from.
         roi: crops of the base view, another one in every epoch; the batch carries their boxes (B, 4) float32 beside
             the base view's targets, under data.roi.BOXES. Validation sees whole views.
+        teacher_view: what a teacher in the loop looks at; then the batch carries its pixels (B, S, S, 3) uint8 under
+            TEACHER_PIXELS in the place of cached targets: of the stored views in turns, and of whole views for crops.
         second: gives each row a second caption. augment: gives each image two augmented views.
     """
 
@@ -109,12 +113,14 @@ class PairDataset(Dataset[Batch]):
         views: Sequence[ViewSpec] = (),
         view_seed: int = 0,
         roi: RoiSpec | None = None,
+        teacher_view: View | None = None,
         second: SecondCaption | None = None,
         augment: SimCLRViews | None = None,
     ) -> None:
         self.samples, self.preprocess, self.tokenizer = samples, preprocess, tokenizer
         self.cache, self.target_rows, self.seed = cache, target_rows, seed
         self.views, self.view_seed, self.roi = tuple(views), view_seed, roi
+        self.teacher_view = teacher_view
         self.second, self.augment = second, augment
 
     def __getitem__(self, step: Step) -> Batch:
@@ -127,7 +133,10 @@ class PairDataset(Dataset[Batch]):
             except SampleError as error:
                 failed.append((row, str(error)))
         rows = np.array([pair.row for pair in found], dtype=np.int64)
-        targets = self._targets(rows, [pair.view for pair in found])
+        if self.teacher_view is None:
+            targets = self._targets(rows, [pair.view for pair in found])
+        else:
+            targets = {TEACHER_PIXELS: _pixels([pair.teacher_pixels for pair in found], self.teacher_view.size)}
         if targets is not None and (cut := [pair.box for pair in found if pair.box is not None]):
             targets[BOXES] = torch.from_numpy(np.stack(cut))
         size = self.preprocess.view.size
@@ -148,12 +157,14 @@ class PairDataset(Dataset[Batch]):
         view, box = None if step.validates else self._view_of(step.epoch, row), self._box_of(step, row)
         image, captions = self.samples.read(row)
         chosen = caption_choice(self.seed, step.epoch, row, len(captions))
+        geometry = self._geometry(view, row, image)
         return _Pair(
             row,
-            image=self.preprocess(image, self._geometry(view, row, image), box=box),
+            image=self.preprocess(image, geometry, box=box),
             caption=captions[chosen],
             view=view,
             box=box,
+            teacher_pixels=self._teacher_pixels(image, geometry),
             second=self.second(step.epoch, row, captions, chosen) if self.second else None,
             augmented=self.augment(image, (self.seed, step.epoch, row)) if self.augment else None,
         )
@@ -176,6 +187,13 @@ class PairDataset(Dataset[Batch]):
             return view.draw(self.view_seed, row, image.width, image.height)
         stored: np.ndarray = self.cache.geometry([row], view.name)[0]
         return stored
+
+    def _teacher_pixels(self, image: Image.Image, geometry: np.ndarray | None) -> np.ndarray | None:
+        """(S, S, 3) uint8, what stage one would show the teacher; None where no teacher asks."""
+        if self.teacher_view is None:
+            return None
+        size = self.teacher_view.size
+        return np.asarray(self.teacher_view(image) if geometry is None else replay(image, geometry, size))
 
     def _read_ahead(self, step: Step) -> None:
         """Ask the disk for what comes next while this batch is decoded."""
@@ -217,6 +235,12 @@ def _stacked(parts: Sequence[Tensor | None], shape: tuple[int, ...]) -> Tensor:
     """(n, *shape), for n = 0 too."""
     there = [part for part in parts if part is not None]
     return torch.stack(there) if there else torch.empty(0, *shape)
+
+
+def _pixels(pictures: Sequence[np.ndarray | None], size: int) -> Tensor:
+    """(n, size, size, 3) uint8, for n = 0 too."""
+    there = [picture for picture in pictures if picture is not None]
+    return torch.from_numpy(np.stack(there) if there else np.zeros((0, size, size, 3), np.uint8))
 
 
 def permuted_rows(rows: np.ndarray, *, manifest_rows: int, seed: int) -> np.ndarray:

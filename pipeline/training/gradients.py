@@ -61,7 +61,7 @@ def part_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
         if parameter.grad is None:
             continue
         for part in _parts(name.split(".")):
-            squared[part].append(at_least_float32(parameter.grad.detach()).square().sum())
+            squared[part].append(torch.linalg.vector_norm(at_least_float32(parameter.grad.detach())).square())
     return {part: torch.stack(values).sum().sqrt() for part, values in squared.items()}
 
 

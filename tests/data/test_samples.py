@@ -235,3 +235,21 @@ def test_running_out_of_memory_is_no_property_of_the_image(monkeypatch):
     monkeypatch.setattr(samples_module, "_to_rgb", full)
     with pytest.raises(MemoryError):
         decode_image(image(0))
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_have_the_pixels_of_torchvisions_decoder_and_live_on_alone(subsampling, progressive):
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    rng = np.random.default_rng(subsampling)
+    smooth = Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((93, 61))
+    out = io.BytesIO()
+    smooth.save(out, "JPEG", quality=80, subsampling=subsampling, progressive=progressive)
+    image = decode_image(out.getvalue())
+    want = decode_jpeg(torch.frombuffer(bytearray(out.getvalue()), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    np.testing.assert_array_equal(np.asarray(image), want.permute(1, 2, 0).numpy())
+    plain = Image.fromarray(np.asarray(image))  # what a view is cut from is no longer a file
+    for work in (lambda x: x.resize((20, 20)), lambda x: x.crop((3, 4, 30, 40)), lambda x: x.convert("L")):
+        np.testing.assert_array_equal(np.asarray(work(image)), np.asarray(work(plain)))

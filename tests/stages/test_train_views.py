@@ -18,9 +18,14 @@ from pipeline.cache.reader import open_cache
 from pipeline.config import load_config
 from pipeline.console import log
 from pipeline.data.geometry import view_choice
+from pipeline.data.manifest import read_manifest
+from pipeline.data.samples import SampleReader
+from pipeline.data.views import Preprocess, View
 from pipeline.errors import PipeError, Stopped
 from pipeline.run_folder import Workspace, read_json
 from pipeline.training.data import PairDataset
+from pipeline.training.online import OnlineTeacher
+from pipeline.training.sampler import Step
 from stages import extract_teacher
 
 VIEWS = "teacher.views=[{name: near, area: [0.2, 0.5]}, {name: mirror, area: [1, 1], flip: 1}]"
@@ -256,3 +261,22 @@ def test_the_defaults_of_crops_are_those_documented(folder):
     found = load_config(folder / "pipe.yaml", sets=["data.roi={}"]).data.roi
     assert (found.area, found.aspect) == ((0.75, 1.0), (0.75, 1.3333))
     assert load_config(folder / "pipe.yaml").data.roi is None
+
+
+def test_a_teacher_in_the_loop_sees_the_views_that_the_cache_has(with_views: Path) -> None:
+    config = load_config(with_views / "pipe.yaml", sets=[VIEWS])
+    workspace = Workspace(config.workspace)
+    cache, samples = open_cache(workspace.teacher), SampleReader(read_manifest(workspace.manifest))
+    online = OnlineTeacher(extract_teacher.load(config), cache, torch.device("cpu"), batch_size=8)
+    views = {"views": config.teacher.view_specs, "view_seed": config.teacher.seed}
+    how = (samples, Preprocess(View("crop", 32), (0.5,) * 3, (0.5,) * 3), lambda texts: torch.zeros(len(texts), 2))
+    live = PairDataset(*how, teacher_view=online.view, **views)  # type: ignore[arg-type]
+    cached = PairDataset(*how, cache=cache, **views)  # type: ignore[arg-type]
+    for epoch in range(3):
+        a, b = (dataset[Step(0, epoch, np.array([9, 4, 30, 2, 17]))] for dataset in (live, cached))
+        found, want = online(a).targets, b.targets
+        assert torch.equal(a.images, b.images)
+        assert found is not None
+        assert want is not None
+        assert set(found) == set(want)
+        assert all(torch.equal(found[name], want[name]) for name in want)
