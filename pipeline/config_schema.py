@@ -253,8 +253,22 @@ class LossConfig(Section):
     gram: Weight = 1.0
     rkd: Weight = 1.0
     global_: Weight = Field(default=1.0, alias="global")
+    kd: Weight = 0.0  # cosine of every token to the teacher's
+    crd: Weight = 0.0  # contrast of student's and teacher's vectors
+    crd_temperature: Annotated[float, Field(gt=0)] = 0.07
+    crd_dim: Positive = 128
+    text_target: Literal["global", "projected"] = "global"  # what the text branch predicts
+    text_projection: Path | None = None  # safetensors: weight (P, C), perhaps bias (P,)
     gate_l1: Weight = 0.01
     conflict: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _projection_where_projected(self) -> LossConfig:
+        if self.text_target == "projected" and self.text_projection is None:
+            raise ValueError("text_target projected needs a file: set text_projection")
+        if self.text_target == "global" and self.text_projection is not None:
+            raise ValueError("text_projection is used by text_target projected alone: set that, or remove the file")
+        return self
 
 
 class EvaluateConfig(Section):

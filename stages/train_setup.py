@@ -41,7 +41,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         mixed_precision=machine.precision(config.train.precision), cpu=not torch.cuda.is_available()
     )
     set_seed(config.train.seed)
-    objective = build_objective(config, data.cache)
+    objective = build_objective(config, data.cache, data.projection)
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
     groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
@@ -75,10 +75,14 @@ def _plan(config: Config, data: Data, total_steps: int) -> Any:
     )
 
 
-def build_objective(config: Config, cache: Cache | None) -> Any:
-    """Model and losses of a configuration; the trunk is built first, so that methods with one seed share it."""
+def build_objective(config: Config, cache: Cache | None, projection: Any = None) -> Any:
+    """Model and losses of a configuration; the trunk is built first, so that methods with one seed share it.
+
+    projection: the text branch's target is this one of the teacher's `global`; None for `global` itself.
+    """
     import torch
 
+    from pipeline.losses.measured import measure
     from pipeline.losses.objective import Objective
     from pipeline.losses.targets import TargetInfo
     from pipeline.losses.weights import LossWeights
@@ -88,7 +92,7 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
     parts = model_config.parts.model_dump()
     has_student = parts.pop("student")
     arguments: dict[str, Any] = {"trunk": model_config.trunk, "image_size": model_config.image_size, "student": None}
-    targets = None
+    targets = measured = None
     if has_student and cache is not None:
         depth = {scale["name"]: scale["depth_fraction"] for scale in cache.teacher["scales"]}
         arguments |= {
@@ -98,14 +102,21 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
             "global_width": cache.global_width,
             "gate": model_config.gate.model_dump(),
         }
-        targets = TargetInfo.from_cache(cache)
+        if projection is not None:
+            arguments["text_target_width"] = len(projection.bias)
+        asks = config.loss.kd or config.loss.crd or projection is not None
+        measured = measure(cache, kd=config.loss.kd > 0, projection=projection) if asks else None
+        targets = TargetInfo.from_cache(cache, measured)
     model = DinoRankCLIP(**arguments)
     if model_config.freeze_trunk:
         model.trunk.freeze()
     if has_student and cache is not None:
         means = {name: torch.from_numpy(value) for name, value in cache.baselines.items()}
         grams = {scale.name: means[f"{scale.name}_gram_mean"] for scale in cache.scales}
-        model.start_at_baselines(global_mean=means["global_mean"], gram_means=grams)
+        text_mean = None if measured is None else measured.text_mean
+        model.start_at_baselines(global_mean=means["global_mean"], gram_means=grams, text_mean=text_mean)
+        if model.text_projection is not None:
+            model.text_projection.set_to(projection)
     weights = LossWeights(**{("global_" if k == "global" else k): v for k, v in _loss_values(config).items()})
     return Objective(
         model,
@@ -119,7 +130,8 @@ def build_objective(config: Config, cache: Cache | None) -> Any:
 
 def _loss_values(config: Config) -> dict[str, Any]:
     values = config.loss.model_dump(by_alias=True)
-    values.pop("transition_dim")
+    for key in ("transition_dim", "text_target", "text_projection"):
+        values.pop(key)
     return values
 
 
