@@ -7,7 +7,8 @@ The teacher itself is neither loaded nor needed. Alone, the command takes every 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.config import validate as validate_config
@@ -15,8 +16,11 @@ from pipeline.console import log
 from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file
 from stages import train_init, train_processes
 from stages.train_data import Data, open_data
-from stages.train_setup import Session, prepare, write_record
+from stages.train_setup import Session, initial_model, prepare, write_record
 from stages.train_zero_shot import zero_shot_entry, zero_shot_of
+
+if TYPE_CHECKING:
+    from pipeline.training.data import Batch
 
 
 def run(config: Config, *, name: str | None, resume: bool) -> None:
@@ -75,6 +79,7 @@ def default_name(config: Config) -> str:
 
 
 def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None:
+    from pipeline.training.affinities import compare_affinities
     from pipeline.training.data import batches
     from pipeline.training.validation import even_batches, validate, validation_steps
     from pipeline.training.validation_pairs import Captions
@@ -103,11 +108,14 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     captions = Captions.of(val, hashes, data.manifest.captions, dataset.tokenizer)
     batch_size = config.train.batch_size
 
+    def validation() -> Iterator[Batch]:
+        return batches(dataset, validation_steps(val, batch_size=batch_size, **place), workers=0)
+
     def measure() -> dict[str, float]:
         figures = validate(
             training.objective,
             training.bare.model,
-            batches(dataset, validation_steps(val, batch_size=batch_size, **place), workers=0),
+            validation(),
             accelerator.device,
             captions=captions,
             even=even_batches(len(val), batch_size),
@@ -115,6 +123,9 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
         )
         if zero_shot is not None:
             figures |= zero_shot.measure(training.bare.model, accelerator.device)
+        if training.step == plan.total_steps and training.bare.targets is not None:
+            same = (batch for batch in validation() if batch.step < even_batches(len(val), batch_size))
+            figures |= compare_affinities(training.bare, initial_model(config, data), same, accelerator.device)
         return figures
 
     stream = batches(

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
 from pipeline.console import log
+from pipeline.errors import PipeError
 from pipeline.run_folder import RunFolder, code_version, sha256_file, write_bytes, write_json
 from stages import train_init
 from stages.train_data import Data
@@ -126,6 +127,23 @@ def build_objective(config: Config, cache: Cache | None, projection: Any = None)
         weights=weights,
         targets=targets,
     )
+
+
+def initial_model(config: Config, data: Data) -> Any:
+    """The model as it is before its first step, made again from the seed; random states are left alone.
+
+    Where `model.init` has gone meanwhile, it is the one from the seed alone, and the log says so.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = build_objective(config, data.cache, data.projection).model
+    try:
+        train_init.fill(model, config, shown=False)
+    except PipeError as error:
+        log.warning("gram_init is that of a student from the seed: %s", error)
+    return model
 
 
 def _loss_values(config: Config) -> dict[str, Any]:

@@ -38,6 +38,9 @@ def test_a_run_with_every_option_logs_its_terms_and_exports_none_of_their_heads(
     last = next(line for line in reversed(lines) if "val/kd/fine" in line)
     assert {"val/crd/image", "val/crd/text", "val/global/text", "val/rkd/global"} <= set(last)
     assert "train/grad_norm/heads" in first
+    # The student beside its own start (which no step has changed) and the trunk.
+    assert last["val/gram_init/fine"] != last["val/gram/fine"]
+    assert {"val/gram_trunk/fine", "val/gram_trunk/mid"} <= set(last)
     stored = load_file(done.weights)
     assert not any("heads.kd" in name or "heads.crd" in name for name in stored)
     assert torch.equal(stored["text_projection.weight"], load_file(path)["weight"])
