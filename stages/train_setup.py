@@ -45,7 +45,11 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
     objective = build_objective(config, data.cache, data.projection)
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
-    groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
+    groups = parameter_groups(
+        objective.named_parameters(),
+        weight_decay=config.train.weight_decay,
+        student_scale=config.model.student.lr_scale,
+    )
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     datasets = _datasets(config, data, objective.model)
     steps_per_epoch = len(data.train_rows) // config.train.batch_size
@@ -97,7 +101,7 @@ def build_objective(config: Config, cache: Cache | None, projection: Any = None)
     if has_student and cache is not None:
         depth = {scale["name"]: scale["depth_fraction"] for scale in cache.teacher["scales"]}
         arguments |= {
-            "student": model_config.student.model_dump(),
+            "student": model_config.student.model_dump(exclude={"lr_scale"}),
             "parts": parts,
             "scales": [{"name": s.name, "grid": s.grid, "depth_fraction": depth[s.name]} for s in cache.scales],
             "global_width": cache.global_width,

@@ -35,6 +35,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         ("scale", {f"small/ratio_of_{kind}_rate_to_small" for kind in ("record", "captions", "cache", "memmap")}),
         ("cache_fidelity", set()),
         ("roi", set()),
+        ("distillation", {"none/ratio_of_time_to_none", "none/ratio_of_cpu_time_to_none"}),
     ],
 )
 def test_quick_run_prints_one_table_and_writes_the_documented_json(tmp_path: Path, name: str, ratios: set[str]) -> None:

@@ -32,7 +32,14 @@ SideName = Literal["image", "text"]
 Tokenizer = Callable[[list[str]], Tensor]
 
 PARTS = {"pyramid": True, "attention": True, "refiner": True, "gate": True, "text_side": True}
-STUDENT = {"name": "vit_tiny_patch16_224", "patch": 16, "depth": 12, "text_width": 256, "text_layers": 2}
+STUDENT = {
+    "name": "vit_tiny_patch16_224",
+    "patch": 16,
+    "depth": 12,
+    "stem": "patch",
+    "text_width": 256,
+    "text_layers": 2,
+}
 GATE = {"hidden": 128}
 FUSION = {"width": 192, "refiner_layers": 1}
 
@@ -73,7 +80,7 @@ class DinoRankCLIP(nn.Module):
     Args:
         trunk: an open_clip name, or a mapping of open_clip's model config.
         image_size: side of the square images in pixels.
-        student: {name, patch, depth, text_width, text_layers}; None: fusion `none`, exactly the trunk.
+        student: {name, patch, depth, stem, text_width, text_layers}; None: fusion `none`, exactly the trunk.
         parts: which of pyramid, attention, refiner, gate, text_side exist; all by default.
         scales: [{name, grid, depth_fraction}] of the cached teacher; depth_fraction in (0, 1] is the relative depth
             of the teacher's layer.
@@ -135,6 +142,7 @@ class DinoRankCLIP(nn.Module):
             name=options["name"],
             patch=options["patch"],
             depth=options["depth"],
+            stem=options["stem"],
             image_size=arguments["image_size"],
             scales=arguments["scales"],
             global_width=arguments["global_width"],

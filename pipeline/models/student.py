@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipeError
 from pipeline.models.blocks import Block, masked_mean
+from pipeline.models.stem import conv_stem
 
 # Wide enough for a scale's affinities (which see angles between tokens only), narrow enough to cost nothing.
 DISTILLATION_WIDTH = 128
@@ -50,6 +51,7 @@ class ImageStudent(nn.Module):
 
     Args:
         name: a timm ViT. patch, depth: replace its own. image_size: side of the images in pixels.
+        stem: how pixels become tokens: "patch", the ViT's own linear map, or "conv" (see `stem`).
         scales: [{name, grid, depth_fraction}]; the scale is read after block round(depth_fraction · depth), at least 1.
         global_width: C. mean, std: those of the pixels that come in.
 
@@ -69,6 +71,7 @@ class ImageStudent(nn.Module):
         global_width: int,
         mean: Sequence[float],
         std: Sequence[float],
+        stem: str = "patch",
     ) -> None:
         super().__init__()
         self.grids = {scale["name"]: int(scale["grid"]) for scale in scales}
@@ -76,6 +79,8 @@ class ImageStudent(nn.Module):
         self.blocks = {scale["name"]: student_block(scale["depth_fraction"], depth) for scale in scales}
         self.vit = _vision_transformer(name, image_size=image_size, patch=patch, depth=depth)
         self.width = int(self.vit.embed_dim)  # type: ignore[arg-type]
+        if stem == "conv":
+            self.vit.patch_embed.proj = conv_stem(patch, self.width)  # type: ignore[union-attr]
         own: Any = self.vit.pretrained_cfg
         incoming_mean, incoming_std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
         own_mean, own_std = torch.tensor(own["mean"]), torch.tensor(own["std"])

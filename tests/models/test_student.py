@@ -7,6 +7,7 @@ import torch
 from tiny_models import SCALES, SIZE, batch, build, shaken
 
 from pipeline.errors import PipeError
+from pipeline.models.stem import conv_stem
 from pipeline.models.student import ImageStudent, TextStudent, area_pooled, native_grid, student_block
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -121,3 +122,23 @@ def test_student_globals_have_the_teachers_width_and_learn_from_it() -> None:
     assert model.student["image"].global_head.weight.grad.abs().sum() > 0
     assert model.student["image"].vit.patch_embed.proj.weight.grad.abs().sum() > 0
     assert model.trunk.clip.token_embedding.weight.grad.abs().sum() > 0  # the text branch reads the trunk's features
+
+
+def test_a_conv_stem_gives_the_same_places_and_sees_what_they_hold():
+    images = torch.randn(2, 3, 64, 64)
+    made = image_student(stem="conv")
+    branch = made(images)
+    assert {name: x.shape for name, x in branch.tokens.items()} == {
+        name: x.shape for name, x in image_student()(images).tokens.items()
+    }
+    stem = made.vit.patch_embed.proj.eval()
+    with torch.no_grad():
+        whole = stem(images)
+        changed = images.clone()
+        changed[:, :, 40:, 40:] += 1.0
+        moved = (stem(changed) - whole).abs().amax(1)[0]
+    assert whole.shape == (2, made.width, 4, 4)
+    assert moved[3, 3] > 1e-3
+    assert moved[0, 0] == 0.0  # a place hears of its surroundings, and of nothing beyond
+    with pytest.raises(PipeError, match="use a patch of 16"):
+        conv_stem(14, 192)
