@@ -154,9 +154,8 @@ class StudentConfig(Section):
     name: str = "vit_tiny_patch16_224"
     patch: Positive = 16
     depth: Positive = 12
-    stem: Literal["patch", "conv"] = (
-        "patch"  # how pixels become tokens: the ViT's own projection, or strided 3 x 3 convolutions
-    )
+    stem: Literal["patch", "conv"] = "patch"  # pixels to tokens: the ViT's own map, or strided convolutions
+    pool: Literal["token", "avg"] = "token"  # what predicts `global`: the class token, or the mean of the patches
     lr_scale: Annotated[float, Field(gt=0)] = 1.0  # its rate and its losses' heads', over train.lr
     text_width: Positive = 256
     text_layers: Positive = 2

@@ -97,6 +97,7 @@ class Objective(nn.Module):
             {name: nn.Parameter(torch.tensor(math.log(FIRST_RESIDUAL))) for name in names}
         )
         self.heads = _feature_heads(model, targets, weights) if distils and (weights.kd or weights.crd) else None
+        model.exposes_features = self.heads is not None
         self.adaptive = AdaptiveWeights() if weights.contrastive == "alip" else None
         self.simclr = (
             SimCLRHead(model.trunk.pooled_width, weights.simclr_hidden, weights.simclr_dim) if weights.simclr else None

@@ -37,6 +37,7 @@ STUDENT = {
     "patch": 16,
     "depth": 12,
     "stem": "patch",
+    "pool": "token",
     "text_width": 256,
     "text_layers": 2,
 }
@@ -57,6 +58,7 @@ class Forward:
         image_global, text_global: (B, C) predictions of the teacher's `global`, not normalised.
         text_pooled: (B, W), the text branch's mean, for relational distances and CRD.
         student_features: scale → (B, g², V), the image branch's tokens before their heads; image_pooled: (B, V).
+            Both None unless the model's `exposes_features` is set.
     """
 
     z: Tensor
@@ -80,7 +82,7 @@ class DinoRankCLIP(nn.Module):
     Args:
         trunk: an open_clip name, or a mapping of open_clip's model config.
         image_size: side of the square images in pixels.
-        student: {name, patch, depth, stem, text_width, text_layers}; None: fusion `none`, exactly the trunk.
+        student: {name, patch, depth, stem, pool, text_width, text_layers}; None: fusion `none`, exactly the trunk.
         parts: which of pyramid, attention, refiner, gate, text_side exist; all by default.
         scales: [{name, grid, depth_fraction}] of the cached teacher; depth_fraction in (0, 1] is the relative depth
             of the teacher's layer.
@@ -125,6 +127,7 @@ class DinoRankCLIP(nn.Module):
         self.has_text_side = student is not None and self.parts["text_side"]
         self.student = nn.ModuleDict()
         self.fusion = nn.ModuleDict()
+        self.exposes_features = False  # KD and CRD read them; for others their memory is saved
         self.text_projection: TextProjection | None = (
             None  # of the teacher's `global`, where the text branch predicts that
         )
@@ -143,6 +146,7 @@ class DinoRankCLIP(nn.Module):
             patch=options["patch"],
             depth=options["depth"],
             stem=options["stem"],
+            pool=options["pool"],
             image_size=arguments["image_size"],
             scales=arguments["scales"],
             global_width=arguments["global_width"],
@@ -185,7 +189,8 @@ class DinoRankCLIP(nn.Module):
             student = self._image_student
             out.student_tokens = student.distilled(image.branch)
             out.image_global = student.predict_global(image.branch)
-            out.student_features, out.image_pooled = image.branch.tokens, image.branch.pooled
+            if self.exposes_features:
+                out.student_features, out.image_pooled = image.branch.tokens, image.branch.pooled
         if text.branch is not None:
             out.text_global = self._text_student.predict_global(text.branch)
             out.text_pooled = text.branch.pooled

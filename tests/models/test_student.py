@@ -142,3 +142,18 @@ def test_a_conv_stem_gives_the_same_places_and_sees_what_they_hold():
     assert moved[0, 0] == 0.0  # a place hears of its surroundings, and of nothing beyond
     with pytest.raises(PipeError, match="use a patch of 16"):
         conv_stem(14, 192)
+
+
+def test_avg_pools_the_patch_tokens_and_leaves_no_parameter_without_gradient():
+    student = image_student(pool="avg")
+    images = torch.randn(2, 3, SIZE, SIZE)
+    branch = student(images)
+    with torch.no_grad():
+        pixels = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        x = student.vit._pos_embed(student.vit.patch_embed((pixels - 0.5) / 0.5))
+        for block in student.vit.blocks:
+            x = block(x)
+        expected = student.vit.fc_norm(x[:, 1:].mean(1))
+    torch.testing.assert_close(branch.pooled, expected)
+    (student.predict_global(branch).sum() + sum(x.sum() for x in student.distilled(branch).values())).backward()
+    assert [name for name, p in student.named_parameters() if p.grad is None] == []
