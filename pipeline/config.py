@@ -33,6 +33,7 @@ PATH_KEYS = (
     ("data", "cache"),
     ("teacher", "checkpoint"),
     ("model", "init"),
+    ("loss", "text_projection"),
     ("evaluate", "datasets"),
 )
 

@@ -155,6 +155,9 @@ class StudentConfig(Section):
     name: str = "vit_tiny_patch16_224"
     patch: Positive = 16
     depth: Positive = 12
+    stem: Literal["patch", "conv"] = "patch"  # pixels to tokens: the ViT's own map, or strided convolutions
+    pool: Literal["token", "avg"] = "token"  # what predicts `global`: the class token, or the mean of the patches
+    lr_scale: Annotated[float, Field(gt=0)] = 1.0  # its rate and its losses' heads', over train.lr
     text_width: Positive = 256
     text_layers: Positive = 2
 
@@ -269,8 +272,22 @@ class LossConfig(Section):
     gram: Weight = 1.0
     rkd: Weight = 1.0
     global_: Weight = Field(default=1.0, alias="global")
+    kd: Weight = 0.0  # cosine of every token to the teacher's
+    crd: Weight = 0.0  # contrast of student's and teacher's vectors
+    crd_temperature: Annotated[float, Field(gt=0)] = 0.07
+    crd_dim: Positive = 128
+    text_target: Literal["global", "projected"] = "global"  # what the text branch predicts
+    text_projection: Path | None = None  # safetensors: weight (P, C), perhaps bias (P,)
     gate_l1: Weight = 0.01
     conflict: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _projection_where_projected(self) -> LossConfig:
+        if self.text_target == "projected" and self.text_projection is None:
+            raise ValueError("text_target projected needs a file: set text_projection")
+        if self.text_target == "global" and self.text_projection is not None:
+            raise ValueError("text_projection is used by text_target projected alone: set that, or remove the file")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -7,8 +7,9 @@ visible GPU (or the CPU); under `accelerate launch` it obeys that.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config
 from pipeline.config import validate as validate_config
@@ -16,8 +17,11 @@ from pipeline.console import log
 from pipeline.run_folder import RunFolder, Workspace, code_version, sha256_file
 from stages import train_init, train_processes
 from stages.train_data import Data, open_data
-from stages.train_setup import Session, prepare, write_record
+from stages.train_setup import Session, initial_model, prepare, write_record
 from stages.train_zero_shot import zero_shot_entry, zero_shot_of
+
+if TYPE_CHECKING:
+    from pipeline.training.data import Batch
 
 
 def run(config: Config, *, name: str | None, resume: bool) -> None:
@@ -76,6 +80,7 @@ def default_name(config: Config) -> str:
 
 
 def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None:
+    from pipeline.training.affinities import compare_affinities
     from pipeline.training.data import batches
     from pipeline.training.validation import even_batches, validate, validation_steps
     from pipeline.training.validation_pairs import Captions
@@ -104,15 +109,18 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
     captions = Captions.of(val, hashes, data.manifest.captions, dataset.tokenizer)
     batch_size = config.train.batch_size
 
-    def measure() -> dict[str, float]:
+    def validation() -> Iterator[Batch]:
         steps = validation_steps(val, batch_size=batch_size, **place)
+        return session.with_targets(batches(dataset, steps, workers=0))
+
+    def measure() -> dict[str, float]:
         if training.ema is not None:
             training.ema.share()
         objective, model = training.judged()
         figures = validate(
             objective,
             model,
-            session.with_targets(batches(dataset, steps, workers=0)),
+            validation(),
             accelerator.device,
             captions=captions,
             even=even_batches(len(val), batch_size),
@@ -121,6 +129,10 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
         )
         if zero_shot is not None:
             figures |= zero_shot.measure(model, accelerator.device)
+        if training.step == plan.total_steps and training.bare.targets is not None:
+            same = (batch for batch in validation() if batch.step < even_batches(len(val), batch_size))
+            judged = training.bare if training.ema is None else training.ema.module
+            figures |= compare_affinities(judged, initial_model(config, data), same, accelerator.device)
         return figures
 
     stream = batches(

@@ -31,6 +31,8 @@ class Data:
     val_rows: np.ndarray
     captions: SyntheticCaptions | None = None  # where the loss reads a second caption that is synthetic
     init: dict[str, str] | None = None  # path and sha256 of the weights it starts from, where it does
+    projection: Any = None  # pipeline.models.projection.TextProjection, where the text branch's target is projected
+    projection_sha256: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """What decides, with the configuration, every batch and target; goes into checkpoints and the record."""
@@ -44,6 +46,8 @@ class Data:
         }
         if self.captions is not None:
             found["captions"] = sha256_file(self.captions.path)
+        if self.projection_sha256 is not None:
+            found["text_projection"] = self.projection_sha256
         return found if self.init is None else found | {"init_sha256": self.init["sha256"]}
 
 
@@ -71,7 +75,18 @@ def open_data(workspace: Workspace, config: Config) -> Data:
     val = rows["val"]
     if len(val) > VALIDATION_ROWS:
         val = np.sort(generator.choice(val, VALIDATION_ROWS, replace=False))
-    return Data(manifest, cache, rows["train"], val, captions)
+    projection, sha256 = _projection(config, cache)
+    return Data(manifest, cache, rows["train"], val, captions, projection=projection, projection_sha256=sha256)
+
+
+def _projection(config: Config, cache: Cache | None) -> tuple[Any, str | None]:
+    """The map of the text branch's target and its file's hash; nothing where there is no such branch."""
+    path = config.loss.text_projection
+    if path is None or cache is None or not config.model.parts.text_side:
+        return None, None
+    from pipeline.models.projection import read_projection
+
+    return read_projection(path, cache.global_width), sha256_file(path)
 
 
 def _second_captions(

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.cache.reader import Cache
 from pipeline.config import Config
 from pipeline.console import log
+from pipeline.errors import PipeError
 from pipeline.run_folder import RunFolder, code_version, sha256_file, write_bytes, write_json
 from stages import train_init
 from stages.train_data import Data
@@ -47,7 +48,7 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
 
     accelerator = machine.accelerator(config.train.precision, ddp=config.train.ddp.model_dump())
     set_seed(config.train.seed)
-    objective = build_objective(config, data.cache)
+    objective = build_objective(config, data.cache, data.projection)
     if fresh:
         train_init.fill(objective.model, config, shown=accelerator.is_main_process)
     train = config.train
@@ -61,7 +62,9 @@ def prepare(config: Config, data: Data, folder: RunFolder, *, fresh: bool = True
         objective.model.trunk.clip.visual.to(memory_format=torch.channels_last)
     ema = None if train.ema is None else MovingAverage(objective, train.ema)
     towers = compile_towers(objective.model, accelerator.device) if train.compile else Towers()
-    groups = parameter_groups(objective.named_parameters(), weight_decay=config.train.weight_decay)
+    groups = parameter_groups(
+        objective.named_parameters(), weight_decay=train.weight_decay, student_scale=config.model.student.lr_scale
+    )
     optimizer = torch.optim.AdamW(groups, lr=config.train.lr, betas=config.train.betas, eps=config.train.eps)
     shown = accelerator.is_main_process
     teacher = None if objective.targets is None else online_teacher(config, data, accelerator.device, shown=shown)
@@ -106,27 +109,39 @@ def _plan(config: Config, data: Data, total_steps: int) -> Any:
     )
 
 
-def build_objective(config: Config, cache: Cache | None) -> Any:
-    """Model and losses of a configuration; the trunk is built first, so that methods with one seed share it."""
+def build_objective(config: Config, cache: Cache | None, projection: Any = None) -> Any:
+    """Model and losses of a configuration; the trunk is built first, so that methods with one seed share it.
+
+    projection: the text branch's target is this one of the teacher's `global`; None for `global` itself.
+    """
     import torch
 
+    from pipeline.losses.measured import measure
     from pipeline.losses.objective import Objective
     from pipeline.losses.targets import TargetInfo
     from pipeline.losses.weights import LossWeights
     from pipeline.models.dinorankclip import DinoRankCLIP
 
     has_student = config.model.parts.student
-    targets, scales, width = None, [], None
+    targets, scales, width, measured = None, [], None, None
     if has_student and cache is not None:
         scales, width = cached_scales(cache), cache.global_width
-        targets = TargetInfo.from_cache(cache)
-    model = DinoRankCLIP(**model_arguments(config, scales, width))
+        asks = config.loss.kd or config.loss.crd or projection is not None
+        measured = measure(cache, kd=config.loss.kd > 0, projection=projection) if asks else None
+        targets = TargetInfo.from_cache(cache, measured)
+    arguments = model_arguments(config, scales, width)
+    if projection is not None and arguments["student"] is not None:
+        arguments["text_target_width"] = len(projection.bias)
+    model = DinoRankCLIP(**arguments)
     if config.model.freeze_trunk:
         model.trunk.freeze()
     if has_student and cache is not None:
         means = {name: torch.from_numpy(value) for name, value in cache.baselines.items()}
         grams = {scale.name: means[f"{scale.name}_gram_mean"] for scale in cache.scales}
-        model.start_at_baselines(global_mean=means["global_mean"], gram_means=grams)
+        text_mean = None if measured is None else measured.text_mean
+        model.start_at_baselines(global_mean=means["global_mean"], gram_means=grams, text_mean=text_mean)
+        if model.text_projection is not None:
+            model.text_projection.set_to(projection)
     weights = LossWeights(**{("global_" if k == "global" else k): v for k, v in _loss_values(config).items()})
     return Objective(
         model,
@@ -144,7 +159,7 @@ def model_arguments(config: Config, scales: list[dict[str, Any]], global_width: 
     arguments: dict[str, Any] = {"trunk": model.trunk, "image_size": model.image_size, "student": None}
     if model.parts.student and scales:
         arguments |= {
-            "student": model.student.model_dump(),
+            "student": model.student.model_dump(exclude={"lr_scale"}),
             "parts": model.parts.model_dump(exclude={"student"}),
             "scales": scales,
             "global_width": global_width,
@@ -159,9 +174,27 @@ def cached_scales(cache: Cache) -> list[dict[str, Any]]:
     return [{"name": s.name, "grid": s.grid, "depth_fraction": depth[s.name]} for s in cache.scales]
 
 
+def initial_model(config: Config, data: Data) -> Any:
+    """The model as it is before its first step, made again from the seed; random states are left alone.
+
+    Where `model.init` has gone meanwhile, it is the one from the seed alone, and the log says so.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        model = build_objective(config, data.cache, data.projection).model
+    try:
+        train_init.fill(model, config, shown=False)
+    except PipeError as error:
+        log.warning("gram_init is that of a student from the seed: %s", error)
+    return model
+
+
 def _loss_values(config: Config) -> dict[str, Any]:
     values = config.loss.model_dump(by_alias=True)
-    values.pop("transition_dim")
+    for key in ("transition_dim", "text_target", "text_projection"):
+        values.pop(key)
     return values
 
 

@@ -155,7 +155,7 @@ def test_controls_change_the_loss_or_the_targets_but_not_the_network(tmp_path):
     silent = load_config(path, flags={"model.fusion": "no-distill"})
     shuffled = load_config(path, flags={"model.fusion": "shuffled-cache"})
     assert full.model.parts == silent.model.parts == shuffled.model.parts
-    assert (silent.loss.gram, silent.loss.rkd, silent.loss.global_) == (0, 0, 0)
+    assert (silent.loss.gram, silent.loss.rkd, silent.loss.global_, silent.loss.kd, silent.loss.crd) == (0,) * 5
     assert shuffled.data.permute_targets
     assert not full.data.permute_targets
 

@@ -28,6 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "slip": {"order": 0, "student": False, "simclr": 1.0, "simclr_hidden": 5, "simclr_dim": 3},
     "rankclip": {"order": 1, "student": False, **RANKCLIP},
     **{f"order {order}": {"order": order, "depth": 5, "conflict": 3.0} for order in range(5)},
+    "kd and crd": {"order": 0, "kd": 0.5, "crd": 0.7},
     "everything": {"order": 3, "contrastive": "alip", "cyclic_cross": 0.5, "simclr": 0.3, "simclr_hidden": 5},
 }
 PAIRS = 8

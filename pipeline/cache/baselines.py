@@ -41,7 +41,7 @@ class Baselines:
         self.fitted = self.scored = 0
         self.gram_loss = dict.fromkeys(self.scales, 0.0)
         self.global_loss = 0.0
-        self.relational = {name: _Relational() for name in [*self.scales, layout.GLOBAL]}
+        self.relational = {name: Relational() for name in [*self.scales, layout.GLOBAL]}
 
     def fit(self, targets: Mapping[str, np.ndarray]) -> None:
         """Add calibration rows: scale → (n, T, K) float32 dequantised, "global" → (n, C) as stored."""
@@ -50,8 +50,8 @@ class Baselines:
             total = self.gram_sum.setdefault(name, np.zeros((tokens, tokens)))
             for x in targets[name]:
                 total += gram(x)
-        unit = _unit(targets[layout.GLOBAL]).sum(axis=0)
-        self.global_sum = unit if self.global_sum is None else self.global_sum + unit
+        total = unit(targets[layout.GLOBAL]).sum(axis=0)
+        self.global_sum = total if self.global_sum is None else self.global_sum + total
         self.fitted += len(targets[layout.GLOBAL])
 
     def score(self, targets: Mapping[str, np.ndarray]) -> None:
@@ -61,11 +61,11 @@ class Baselines:
             mean = arrays[layout.gram_mean_name(name)].astype(np.float64)
             self.gram_loss[name] += sum(float(((mean - gram(x)) ** 2).mean()) for x in targets[name])
             self.relational[name].add(targets[name].astype(np.float64).mean(axis=1))
-        unit = _unit(targets[layout.GLOBAL])
-        self.relational[layout.GLOBAL].add(unit)
-        mean = _unit(arrays[layout.GLOBAL_MEAN])
-        self.global_loss += float((1 - unit @ mean).sum())
-        self.scored += len(unit)
+        vectors = unit(targets[layout.GLOBAL])
+        self.relational[layout.GLOBAL].add(vectors)
+        mean = unit(arrays[layout.GLOBAL_MEAN])
+        self.global_loss += float((1 - vectors @ mean).sum())
+        self.scored += len(vectors)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """`<scale>_gram_mean` (T, T) and `global_mean` (C,), float32."""
@@ -86,7 +86,7 @@ class Baselines:
         }
 
 
-class _Relational:
+class Relational:
     """Mean Huber loss of "all distances equal" over pairs in blocks of 256 rows; a short last block counts by pairs."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class _Relational:
             del self.waiting[:BLOCK]
 
     def loss(self) -> float:
-        rest = _Relational()
+        rest = Relational()
         rest._score(self.waiting)
         return (self.total + rest.total) / max(self.pairs + rest.pairs, 1)
 
@@ -115,8 +115,8 @@ class _Relational:
 
 def gram(x: np.ndarray) -> np.ndarray:
     """Cosine Gram matrix of one image's tokens: x (T, K) → (T, T) float64."""
-    unit = _unit(x)
-    return unit @ unit.T
+    rows = unit(x)
+    return rows @ rows.T
 
 
 def pair_distances(vectors: np.ndarray) -> np.ndarray:
@@ -133,6 +133,7 @@ def huber(x: np.ndarray) -> np.ndarray:
     return np.where(size < 1, 0.5 * size**2, size - 0.5)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors along the last axis over their lengths, float64; zero stays zero."""
     vectors = np.asarray(vectors, np.float64)
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), EPS)

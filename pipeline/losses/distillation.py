@@ -7,8 +7,10 @@ ignores the image is in the cache; the objective divides by it.
     Gram        X̂ X̂ᵀ of a scale's unit tokens against the teacher's (Gram anchoring: DINOv3, arXiv 2508.10104)
     relational  distances between images, in units of their mean (Park et al., arXiv 1904.05068)
     global      cosine to the teacher's `global`
+    KD          cosine of every token to the teacher's (option)
+    CRD         each image's student vector told by its teacher's (option; Tian et al., arXiv 1910.10699)
 
-Legend: B own rows, N all rows, T tokens, E student width, C teacher width.
+Legend: B own rows, N all rows, T tokens, E student width, C teacher width, d width of CRD's embeddings.
 """
 
 from __future__ import annotations
@@ -76,6 +78,42 @@ def rkd_loss(
 def global_loss(predicted: Tensor, teacher: Tensor) -> Tensor:
     """1 − cos(predicted, global): (B, C) each → (B,)."""
     return 1 - F.cosine_similarity(at_least_float32(predicted), at_least_float32(teacher.detach()), dim=1, eps=EPS)
+
+
+def kd_loss(predicted: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over the tokens of 1 − cos(predicted, teacher): (B, T, C) each → (B,)."""
+    cosine = F.cosine_similarity(at_least_float32(predicted), at_least_float32(teacher.detach()), dim=2, eps=EPS)
+    return (1 - cosine).mean(1)
+
+
+def crd_loss(
+    student: Tensor, teacher: Tensor, *, temperature: float, first: int = 0, sizes: tuple[int, ...] | None = None
+) -> Tensor:
+    """Each own image's student vector told among everyone's by its teacher's, and the other way round:
+
+        ½ [ −log softmax_j(⟨a_i, b_j⟩ / τ)_i − log softmax_j(⟨b_i, a_j⟩ / τ)_i ]      a: student, b: teacher
+
+    Contrastive representation distillation (Tian et al., arXiv 1910.10699) has the same critic, ⟨a, b⟩ / τ of learned
+    linear embeddings, and both directions. It differs in where negatives come from and how they are counted. There: K
+    (16,384) vectors out of a memory bank with one row for every training image, updated by a moving average, and a
+    binary noise-contrastive loss (is this pair from the joint distribution?) whose partition sum is estimated once.
+    Here: the N − 1 other images of the batch of all processes and the softmax over them (InfoNCE), which needs no
+    state of the data set's size and no constant. Its bound on the mutual information is at most log N: that, the
+    loss of a predictor that ignores the image, is its unit.
+
+    Args:
+        student, teacher: a, b (B, d), unit-norm, both with gradient.
+        temperature: τ.
+        first: the number of the first own row among the N; sizes: every process's B (asked for when None).
+
+    Returns:
+        (B,); zeros where N = 1.
+    """
+    a, b = at_least_float32(student), at_least_float32(teacher)
+    a_all, b_all = gather_with_grad(torch.stack([a, b], 1), sizes).unbind(1)  # one exchange
+    own = torch.arange(first, first + len(a), device=a.device)
+    of_student = F.cross_entropy(a @ b_all.T / temperature, own, reduction="none")
+    return (of_student + F.cross_entropy(b @ a_all.T / temperature, own, reduction="none")) / 2
 
 
 def _relative_distances(

@@ -2,9 +2,10 @@
 
     L = L_contrastive + w_c(t) L_cross + w_i(t) L_in
         + λ_gram L_gram + λ_rkd L_rkd + λ_global L_global + λ_gate |γ| L1(g) + λ_conflict L_conflict
-        + λ_cyclic L_cyclic + λ_simclr L_simclr
+        + λ_kd L_kd + λ_crd L_crd + λ_cyclic L_cyclic + λ_simclr L_simclr
 
-L_contrastive is InfoNCE, or ALIP's weighted pair of them; the last two are CyCLIP's and SLIP's, 0 elsewhere.
+L_contrastive is InfoNCE, or ALIP's weighted pair of them; L_kd and L_crd are options of distillation; the last two
+are CyCLIP's and SLIP's, 0 elsewhere.
 Contrastive loss and all lists look at the outputs v, w; the trunk's z, t alone serve the conflict. Each distillation
 term is divided by what a predictor that ignores the image scores, and averaged over its scales and branches (our
 reading), so that a λ means the same for one scale as for three. Every term is a mean over the N pairs of all processes;
@@ -29,6 +30,7 @@ from pipeline.errors import PipeError
 from pipeline.losses.agreement import order_agreement
 from pipeline.losses.chunks import in_chunks, nothing
 from pipeline.losses.contrastive import AdaptiveWeights, alip, cyclic, info_nce, simclr
+from pipeline.losses.feature_heads import FeatureHeads
 from pipeline.losses.lists import ListSettings, list_loss
 from pipeline.losses.pairs import Pairs
 from pipeline.losses.plackett_luce import at_least_float32
@@ -111,6 +113,8 @@ class Objective(nn.Module):
         self.residuals = nn.ParameterDict(
             {name: nn.Parameter(torch.tensor(math.log(FIRST_RESIDUAL))) for name in names}
         )
+        self.heads = _feature_heads(model, targets, weights) if distils and (weights.kd or weights.crd) else None
+        model.exposes_features = self.heads is not None
         self.adaptive = AdaptiveWeights() if weights.contrastive == "alip" else None
         self.simclr = (
             SimCLRHead(model.trunk.pooled_width, weights.simclr_hidden, weights.simclr_dim) if weights.simclr else None
@@ -260,7 +264,8 @@ class Objective(nn.Module):
             return
         if stored is None:
             raise PipeError("a batch without teacher targets cannot be distilled", fix="train with --fusion none")
-        add_distillation(found, out, self.targets(stored), pairs, self.loss_weights, self.residuals, self.baselines)
+        teacher = self.targets(stored)
+        add_distillation(found, out, teacher, pairs, self.loss_weights, self.residuals, self.baselines, self.heads)
 
     def _gate_on(self, side: SideName) -> Callable[[Tensor, Tensor], Tensor]:
         gate: Callable[[Tensor, Tensor], Tensor] = partial(self.model.gate_on, side)
@@ -272,7 +277,14 @@ def _baselines(targets: TargetInfo) -> dict[str, float]:
     found = {f"gram/{name}": targets.baseline("gram", name) for name in targets.scales}
     found |= {f"rkd/{name}": targets.baseline("rkd", name) for name in (*targets.scales, GLOBAL)}
     of_global = targets.baseline("global")
-    return found | {"global/image": of_global, "global/text": of_global}
+    found |= {"global/image": of_global, "global/text": of_global}
+    return found if targets.measured is None else found | targets.measured.units()
+
+
+def _feature_heads(model: DinoRankCLIP, targets: TargetInfo | None, weights: LossWeights) -> FeatureHeads:
+    if targets is None or targets.measured is None:
+        raise PipeError("loss.kd and loss.crd need what is measured of the cache", fix="build the targets with it")
+    return FeatureHeads(model.student_widths, targets.measured, weights)
 
 
 def _touch(out: Forward, heads: list[nn.Parameter]) -> Tensor:

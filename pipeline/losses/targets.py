@@ -1,6 +1,6 @@
 """The teacher's targets as training sees them: stored numbers back to coefficients, and the unit of each loss.
 
-Legend: B rows, T tokens, K components, C width of `global`.
+Legend: B rows, T tokens, K components, C width of `global`, P width of the projected space.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from pipeline.console import log
 from pipeline.data.roi import BOXES, resample
 from pipeline.errors import PipeError
+from pipeline.losses.measured import SMALLEST as SMALLEST_BASELINE
+from pipeline.losses.measured import Measured
 
 if TYPE_CHECKING:
     from pipeline.cache.reader import Cache
 
 GLOBAL = "global"
-SMALLEST_BASELINE = 1e-4  # a teacher that says (nearly) the same of every image cannot be a unit
+TEXT = "global/text"  # the text branch's target; no scale can have this name
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,20 @@ class TargetInfo:
         steps: scale → (K,) float32 int8 steps; None for float16, and for int8_token, whose steps come with each batch.
         baselines: {"gram": {scale: loss}, "rkd": {scale | "global": loss}, "global": loss} of the predictor that
             ignores the image.
+        measured: what the optional terms need besides; None where none is asked for.
     """
 
     scales: tuple[str, ...]
     steps: Mapping[str, Tensor | None]
     baselines: Mapping[str, Any]
+    measured: Measured | None = None
 
     @classmethod
-    def from_cache(cls, cache: Cache) -> TargetInfo:
+    def from_cache(cls, cache: Cache, measured: Measured | None = None) -> TargetInfo:
         """The same of an open cache."""
         names = tuple(scale.name for scale in cache.scales)
         steps = {name: None if cache.steps[name] is None else torch.as_tensor(cache.steps[name]) for name in names}
-        return cls(names, steps, cache.baseline_losses)
+        return cls(names, steps, cache.baseline_losses, measured)
 
     def baseline(self, term: str, name: str | None = None) -> float:
         """The loss of the predictor that ignores the image: gram and rkd by name, global without."""
@@ -63,6 +67,10 @@ class Targets(nn.Module):
     def __init__(self, info: TargetInfo) -> None:
         super().__init__()
         self.scales = info.scales
+        projection = info.measured.projection if info.measured else None
+        for of, value in () if projection is None else projection.named_buffers():
+            self.register_buffer(f"projection_{of}", value.clone(), persistent=False)
+        self.projects = projection is not None
         for name in info.scales:
             # Not persistent: the cache keeps them, and a checkpoint must not depend on it.
             self.register_buffer(f"steps_{name}", info.steps.get(name), persistent=False)
@@ -73,7 +81,7 @@ class Targets(nn.Module):
 
         Returns:
             scale → (B, T, K) float32, resampled over the boxes if there are any; "global" → (B, C) float32, always of
-            the stored view: a vector cannot be resampled.
+            the stored view: a vector cannot be resampled; "global/text" → the text branch's target, (B, C) or (B, P).
 
         Raises:
             PipeError: the batch lacks a scale, or the steps of an int8 one.
@@ -84,6 +92,7 @@ class Targets(nn.Module):
                 f"the batch has no teacher targets for {', '.join(missing)}", fix="read them from the cache"
             )
         values = {GLOBAL: stored[GLOBAL].float()}
+        values[TEXT] = self._projected(values[GLOBAL])
         for name in self.scales:
             steps, per_token = getattr(self, f"steps_{name}"), stored.get(f"{name}_steps")
             values[name] = stored[name].float()
@@ -96,3 +105,9 @@ class Targets(nn.Module):
             if BOXES in stored:
                 values[name] = resample(values[name], stored[BOXES])
         return values
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        if not self.projects:
+            return vectors
+        weight, bias = (getattr(self, f"projection_{of}").to(vectors.dtype) for of in ("weight", "bias"))
+        return nn.functional.linear(vectors, weight, bias)

@@ -5,6 +5,7 @@ Legend: B own pairs, N gathered pairs, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline.losses.distillation import global_loss, gram_loss, rkd_loss
+from pipeline.losses.distillation import crd_loss, global_loss, gram_loss, kd_loss, rkd_loss
+from pipeline.losses.feature_heads import FeatureHeads
 from pipeline.losses.gate import conflict, gate_l1, info_nce_gradients
 from pipeline.losses.pairs import Pairs
 from pipeline.losses.plackett_luce import at_least_float32
-from pipeline.losses.targets import GLOBAL
+from pipeline.losses.targets import GLOBAL, TEXT
 from pipeline.losses.weights import LossWeights
 
 if TYPE_CHECKING:
@@ -57,15 +59,19 @@ def add_distillation(
     weights: LossWeights,
     residuals: nn.ParameterDict,
     baselines: Mapping[str, float],
+    heads: FeatureHeads | None = None,
 ) -> None:
     """λ_gram L_gram + λ_rkd L_rkd + λ_global L_global, each in units of its baseline; means over scales and branches.
 
+    λ_kd L_kd and λ_crd L_crd beside them where their heads are given.
+
     Args:
-        teacher: scale → (B, T, K), "global" → (B, C). residuals: log ρ² by relational term. baselines: by logged name.
+        teacher: scale → (B, T, K), "global" → (B, C), "global/text" → the text branch's target. residuals: log ρ² by
+            relational term. baselines: by logged name. heads: of the options.
     """
     students = out.student_tokens or {}
     relational = partial(rkd_loss, first=pairs.first, sizes=pairs.sizes)
-    values: dict[str, dict[str, Tensor]] = {"gram": {}, "rkd": {}, "global": {}}
+    values: dict[str, dict[str, Tensor]] = {"gram": {}, "rkd": {}, "global": {}, "kd": {}, "crd": {}}
     for name, tokens in students.items():
         if weights.gram:
             values["gram"][name] = gram_loss(tokens, teacher[name])
@@ -73,17 +79,38 @@ def add_distillation(
             pooled = tokens.mean(1, dtype=pairs.scale.dtype)
             values["rkd"][name] = relational(pooled, teacher[name].mean(1), residual=residuals[name].exp())
     if weights.rkd and out.text_pooled is not None:
-        unit = nn.functional.normalize(teacher[GLOBAL], dim=1)
+        unit = nn.functional.normalize(teacher[TEXT], dim=1)
         values["rkd"][GLOBAL] = relational(out.text_pooled, unit, residual=residuals[GLOBAL].exp())
     if weights.global_:
-        heads = {"image": out.image_global, "text": out.text_global}
-        values["global"] |= {k: global_loss(x, teacher[GLOBAL]) for k, x in heads.items() if x is not None}
+        if out.image_global is not None:
+            values["global"]["image"] = global_loss(out.image_global, teacher[GLOBAL])
+        if out.text_global is not None:
+            values["global"]["text"] = global_loss(out.text_global, teacher[TEXT])
+    if heads is not None:
+        values |= _optional(out, teacher, pairs, weights, heads)
     found.logs |= {f"residual/{name}": value.detach().exp() for name, value in residuals.items()}
-    for term, weight in (("gram", weights.gram), ("rkd", weights.rkd), ("global", weights.global_)):
-        ratios = {k: pairs.mean(x) / baselines[f"{term}/{k}"] for k, x in values[term].items()}
+    units = {**baselines, **{f"crd/{k}": math.log(max(len(pairs.image_all), 2)) for k in values["crd"]}}
+    for term in values:
+        ratios = {k: pairs.mean(x) / units[f"{term}/{k}"] for k, x in values[term].items()}
         found.logs |= {f"{term}/{name}": ratio for name, ratio in ratios.items()}
         if ratios:
+            weight = getattr(weights, "global_" if term == "global" else term)
             found.add(term, torch.stack(list(ratios.values())).mean(), weight)
+
+
+def _optional(
+    out: Forward, teacher: Mapping[str, Tensor], pairs: Pairs, weights: LossWeights, heads: FeatureHeads
+) -> dict[str, dict[str, Tensor]]:
+    """KD by scale and CRD by branch, (B,) each."""
+    features = out.student_features or {}
+    kd = {name: kd_loss(head(features[name]), teacher[name]) for name, head in heads.kd.items()}
+    pooled = {"image": (out.image_pooled, teacher[GLOBAL]), "text": (out.text_pooled, teacher[TEXT])}
+    crd = {}
+    for name, head in heads.crd.items():
+        student, target = pooled[name]
+        a, b = head(student, target)
+        crd[name] = crd_loss(a, b, temperature=weights.crd_temperature, first=pairs.first, sizes=pairs.sizes)
+    return {"kd": kd, "crd": crd}
 
 
 def add_gate(

@@ -20,7 +20,8 @@ class LossWeights:
         simclr: of SLIP's term, which needs two augmented views of each image; simclr_temperature, simclr_hidden,
             simclr_dim: its temperature and the widths of its head.
         cross, in_modal: what the ranking terms rise to over `ramp`, a share of training.
-        gram, rkd, global_: of distillation. gate_l1, conflict: of the gate.
+        gram, rkd, global_: of distillation; kd, crd: its options, crd_temperature and crd_dim those of CRD.
+        gate_l1, conflict: of the gate.
     """
 
     contrastive: Literal["clip", "alip"] = "clip"
@@ -42,6 +43,10 @@ class LossWeights:
     gram: float = 1.0
     rkd: float = 1.0
     global_: float = 1.0
+    kd: float = 0.0
+    crd: float = 0.0
+    crd_temperature: float = 0.07
+    crd_dim: int = 128
     gate_l1: float = 0.01
     conflict: float = 1.0
 
@@ -52,7 +57,7 @@ class LossWeights:
 
     @property
     def distils(self) -> bool:
-        return any((self.gram, self.rkd, self.global_))
+        return any((self.gram, self.rkd, self.global_, self.kd, self.crd))
 
 
 def ramp(progress: float, share: float, shape: Literal["cosine", "linear"]) -> float:

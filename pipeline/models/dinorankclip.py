@@ -23,6 +23,7 @@ from pipeline.data.views import Kind, Preprocess, View
 from pipeline.errors import PipeError
 from pipeline.models.fusion import Fusion, Side
 from pipeline.models.geometry import normalise
+from pipeline.models.projection import TextProjection
 from pipeline.models.serialise import read_model, write_model
 from pipeline.models.student import ImageStudent, TextStudent
 from pipeline.models.trunk import build_trunk
@@ -31,7 +32,15 @@ SideName = Literal["image", "text"]
 Tokenizer = Callable[[list[str]], Tensor]
 
 PARTS = {"pyramid": True, "attention": True, "refiner": True, "gate": True, "text_side": True}
-STUDENT = {"name": "vit_tiny_patch16_224", "patch": 16, "depth": 12, "text_width": 256, "text_layers": 2}
+STUDENT = {
+    "name": "vit_tiny_patch16_224",
+    "patch": 16,
+    "depth": 12,
+    "stem": "patch",
+    "pool": "token",
+    "text_width": 256,
+    "text_layers": 2,
+}
 GATE = {"hidden": 128}
 FUSION = {"width": 192, "refiner_layers": 1}
 
@@ -47,7 +56,9 @@ class Forward:
         image, text: the injection on each side; None where there is none.
         student_tokens: scale → (B, g², E), in the space that distillation compares; None without a student.
         image_global, text_global: (B, C) predictions of the teacher's `global`, not normalised.
-        text_pooled: (B, W), the text branch's mean, for relational distances.
+        text_pooled: (B, W), the text branch's mean, for relational distances and CRD.
+        student_features: scale → (B, g², V), the image branch's tokens before their heads; image_pooled: (B, V).
+            Both None unless the model's `exposes_features` is set.
     """
 
     z: Tensor
@@ -61,6 +72,8 @@ class Forward:
     image_global: Tensor | None = None
     text_global: Tensor | None = None
     text_pooled: Tensor | None = None
+    student_features: dict[str, Tensor] | None = None
+    image_pooled: Tensor | None = None
 
 
 class DinoRankCLIP(nn.Module):
@@ -69,11 +82,12 @@ class DinoRankCLIP(nn.Module):
     Args:
         trunk: an open_clip name, or a mapping of open_clip's model config.
         image_size: side of the square images in pixels.
-        student: {name, patch, depth, text_width, text_layers}; None: fusion `none`, exactly the trunk.
+        student: {name, patch, depth, stem, pool, text_width, text_layers}; None: fusion `none`, exactly the trunk.
         parts: which of pyramid, attention, refiner, gate, text_side exist; all by default.
         scales: [{name, grid, depth_fraction}] of the cached teacher; depth_fraction in (0, 1] is the relative depth
             of the teacher's layer.
         global_width: C.
+        text_target_width: P, where the text branch predicts a projection of `global` (see `text_projection`); None: C.
         gate: {hidden}: width of the gate's MLP.
         fusion: {width, refiner_layers} of the fusion's token sequences.
 
@@ -90,6 +104,7 @@ class DinoRankCLIP(nn.Module):
         parts: Mapping[str, bool] | None = None,
         scales: Sequence[Mapping[str, Any]] = (),
         global_width: int | None = None,
+        text_target_width: int | None = None,
         gate: Mapping[str, Any] | None = None,
         fusion: Mapping[str, Any] | None = None,
     ) -> None:
@@ -105,11 +120,17 @@ class DinoRankCLIP(nn.Module):
             "gate": _completed(GATE, gate, "model.gate"),
             "fusion": _completed(FUSION, fusion, "model.fusion"),
         }
+        if text_target_width is not None:  # unset, it is no key of the files that others wrote before
+            self.arguments["text_target_width"] = text_target_width
         # The trunk comes first: methods that share a seed start from the same one.
         self.trunk = build_trunk(trunk, image_size)
         self.has_text_side = student is not None and self.parts["text_side"]
         self.student = nn.ModuleDict()
         self.fusion = nn.ModuleDict()
+        self.exposes_features = False  # KD and CRD read them; for others their memory is saved
+        self.text_projection: TextProjection | None = (
+            None  # of the teacher's `global`, where the text branch predicts that
+        )
         if student is not None:
             self._add_student(student)
             self._add_fusion()
@@ -124,6 +145,8 @@ class DinoRankCLIP(nn.Module):
             name=options["name"],
             patch=options["patch"],
             depth=options["depth"],
+            stem=options["stem"],
+            pool=options["pool"],
             image_size=arguments["image_size"],
             scales=arguments["scales"],
             global_width=arguments["global_width"],
@@ -131,12 +154,15 @@ class DinoRankCLIP(nn.Module):
             std=trunk.std,
         )
         if self.has_text_side:
+            projected = arguments.get("text_target_width")
             self.student["text"] = TextStudent(
                 input_width=trunk.text_width,
                 width=options["text_width"],
                 layers=options["text_layers"],
-                global_width=arguments["global_width"],
+                global_width=projected or arguments["global_width"],
             )
+            if projected:
+                self.text_projection = TextProjection(arguments["global_width"], projected)
 
     def _add_fusion(self) -> None:
         image: Any = self.student["image"]
@@ -163,6 +189,8 @@ class DinoRankCLIP(nn.Module):
             student = self._image_student
             out.student_tokens = student.distilled(image.branch)
             out.image_global = student.predict_global(image.branch)
+            if self.exposes_features:
+                out.student_features, out.image_pooled = image.branch.tokens, image.branch.pooled
         if text.branch is not None:
             out.text_global = self._text_student.predict_global(text.branch)
             out.text_pooled = text.branch.pooled
@@ -192,7 +220,9 @@ class DinoRankCLIP(nn.Module):
         encoded = self._image(images)
         nodes = self._nodes("image", encoded)
         if encoded.branch is not None:
-            nodes["student"] = normalise(self._image_student.predict_global(encoded.branch))
+            predicted = self._image_student.predict_global(encoded.branch)
+            # Where texts predict a projection of the teacher's vector, images are compared with them there.
+            nodes["student"] = normalise(self.text_projection(predicted) if self.text_projection else predicted)
         return nodes
 
     def text_nodes(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -204,13 +234,16 @@ class DinoRankCLIP(nn.Module):
         return nodes
 
     def nodes(self, images: Tensor, tokens: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """trunk (γ = 0), student (predictions of the teacher's `global`), fused (g ≡ 1), gated (the output): node →
-        (image, text), unit-norm; (B, D) each, student (B, C) each. A node that either side lacks is left out."""
+        """Node → (image, text), unit-norm: trunk (γ = 0), student (predictions of the teacher's `global`), fused
+        (g ≡ 1), gated (the output). (B, D) each, student (B, C), or (B, P) where the text's target is projected. A node
+        that either side lacks is left out."""
         image, text = self.image_nodes(images), self.text_nodes(tokens)
         return {node: (image[node], text[node]) for node in image if node in text}
 
     @torch.no_grad()
-    def start_at_baselines(self, *, global_mean: Tensor, gram_means: Mapping[str, Tensor]) -> None:
+    def start_at_baselines(
+        self, *, global_mean: Tensor, gram_means: Mapping[str, Tensor], text_mean: Tensor | None = None
+    ) -> None:
         """Let every distilled output begin as the predictor that ignores the image (our reading).
 
         The terms of distillation are weighted in units of that predictor's loss. A random head starts at ten units, and
@@ -220,10 +253,12 @@ class DinoRankCLIP(nn.Module):
         Args:
             global_mean: (C,) the teacher's mean unit vector.
             gram_means: scale → (g², g²) the teacher's mean Gram matrix.
+            text_mean: (P,) the mean unit projected vector; None where the text branch predicts `global`.
         """
-        for branch in self.student.values():
+        for side, branch in self.student.items():
+            mean = text_mean if side == "text" and text_mean is not None else global_mean
             branch.global_head.weight.zero_()  # type: ignore[union-attr, operator]
-            branch.global_head.bias.copy_(global_mean)  # type: ignore[union-attr, operator]
+            branch.global_head.bias.copy_(mean)  # type: ignore[union-attr, operator]
         if "image" in self.student:
             for name, mean_gram in gram_means.items():
                 self._image_student.start_gram_at(name, mean_gram)
@@ -262,6 +297,11 @@ class DinoRankCLIP(nn.Module):
         elif self.fusion:
             nodes["fused"] = nodes["gated"] = encoded.base
         return nodes
+
+    @property
+    def student_widths(self) -> dict[str, int]:
+        """Branch → V or W, the width of its pooled features; empty without a student."""
+        return {side: int(branch.width) for side, branch in self.student.items()}  # type: ignore[arg-type]
 
     @property
     def _image_student(self) -> ImageStudent:

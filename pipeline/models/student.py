@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipeError
 from pipeline.models.blocks import Block, masked_mean
+from pipeline.models.stem import conv_stem
 
 # Wide enough for a scale's affinities (which see angles between tokens only), narrow enough to cost nothing.
 DISTILLATION_WIDTH = 128
@@ -50,6 +51,9 @@ class ImageStudent(nn.Module):
 
     Args:
         name: a timm ViT. patch, depth: replace its own. image_size: side of the images in pixels.
+        pool: what the head of `global` reads: "token", as the transformer has it (ViT-Tiny: its class token), or "avg",
+            the mean of its patch tokens, which the other losses teach; a class token must first learn to attend.
+        stem: how pixels become tokens: "patch", the ViT's own linear map, or "conv" (see `stem`).
         scales: [{name, grid, depth_fraction}]; the scale is read after block round(depth_fraction · depth), at least 1.
         global_width: C. mean, std: those of the pixels that come in.
 
@@ -69,13 +73,18 @@ class ImageStudent(nn.Module):
         global_width: int,
         mean: Sequence[float],
         std: Sequence[float],
+        stem: str = "patch",
+        pool: str = "token",
     ) -> None:
         super().__init__()
         self.grids = {scale["name"]: int(scale["grid"]) for scale in scales}
         self.native_grid = native_grid(image_size, patch, list(self.grids.values()))
         self.blocks = {scale["name"]: student_block(scale["depth_fraction"], depth) for scale in scales}
-        self.vit = _vision_transformer(name, image_size=image_size, patch=patch, depth=depth)
+        options = {"global_pool": "avg"} if pool == "avg" else {}
+        self.vit = _vision_transformer(name, image_size=image_size, patch=patch, depth=depth, **options)
         self.width = int(self.vit.embed_dim)  # type: ignore[arg-type]
+        if stem == "conv":
+            self.vit.patch_embed.proj = conv_stem(patch, self.width)  # type: ignore[union-attr]
         own: Any = self.vit.pretrained_cfg
         incoming_mean, incoming_std = torch.tensor(tuple(mean)), torch.tensor(tuple(std))
         own_mean, own_std = torch.tensor(own["mean"]), torch.tensor(own["std"])
@@ -199,14 +208,14 @@ def area_pooled(tokens: Tensor, native: int, grid: int) -> Tensor:
     return cells.mean((2, 4)).flatten(1, 2)
 
 
-def _vision_transformer(name: str, *, image_size: int, patch: int, depth: int) -> nn.Module:
+def _vision_transformer(name: str, *, image_size: int, patch: int, depth: int, **options: Any) -> nn.Module:
     where = f"model.student.name {name}"
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models("*vit*"), n=1, cutoff=0.0)
         raise PipeError("timm has no such model", where=where, fix=f"did you mean {near[0]}?")
     try:
         vit = timm.create_model(
-            name, pretrained=False, num_classes=0, img_size=image_size, patch_size=patch, depth=depth
+            name, pretrained=False, num_classes=0, img_size=image_size, patch_size=patch, depth=depth, **options
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -31,10 +31,14 @@ def learning_rate(step: int, *, total_steps: int, warmup_steps: int, peak: float
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, student_scale: float = 1.0
+) -> list[dict[str, Any]]:
     """Three groups for AdamW: decayed matrices, undecayed vectors, and γ, β and log ρ² at ten times the rate.
 
     No decay on β, γ, logit_scale, norms and biases: everything with fewer than two dimensions (our reading).
+    With a `student_scale` other than 1, the student's matrices and vectors, and those of the heads that only its losses
+    have, are two groups of their own at that multiple of the rate: it begins from nothing beside a trunk that may not.
     Each group carries `lr_scale` and the `names` of its parameters, in order.
     """
     groups: dict[str, dict[str, Any]] = {
@@ -42,13 +46,23 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay:
         "no_decay": {"params": [], "names": [], "weight_decay": 0.0, "lr_scale": 1.0},
         "slow_scalars": {"params": [], "names": [], "weight_decay": 0.0, "lr_scale": SLOW_SCALARS_LR_SCALE},
     }
+    if student_scale != 1.0:
+        groups |= {f"student_{kind}": {**groups[kind], "params": [], "names": []} for kind in ("decay", "no_decay")}
+        for kind in ("student_decay", "student_no_decay"):
+            groups[kind]["lr_scale"] = student_scale
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
         kind = "slow_scalars" if is_gamma_or_beta(name) else "decay" if parameter.ndim >= 2 else "no_decay"
+        kind = f"student_{kind}" if f"student_{kind}" in groups and is_students(name) else kind
         groups[kind]["params"].append(parameter)
         groups[kind]["names"].append(name)
     return [group for group in groups.values() if group["params"]]
+
+
+def is_students(name: str) -> bool:
+    """Whether a parameter of the objective is the student's, or that of a head of KD or CRD."""
+    return name.startswith(("model.student.", "heads."))
 
 
 def is_gamma_or_beta(name: str) -> bool:

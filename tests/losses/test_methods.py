@@ -18,7 +18,8 @@ def objective(method: str, **changes: object) -> Objective:
     """What `pipe train --method` would build, around a tiny model."""
     config = load_config(None, flags={"train.method": method})
     values = config.loss.model_dump() | changes
-    values.pop("transition_dim")
+    for key in ("transition_dim", "text_target", "text_projection"):
+        values.pop(key)
     return Objective(
         TinyModel(student=config.model.parts.student),  # type: ignore[arg-type]
         order=config.train.order,

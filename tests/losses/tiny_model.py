@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.losses.measured import Measured
 from pipeline.losses.objective import Objective
 from pipeline.losses.targets import TargetInfo
 from pipeline.losses.weights import LossWeights
@@ -26,6 +28,7 @@ class TinyModel(nn.Module):
         self.image, self.text = nn.Linear(PIXELS, WIDTH), nn.EmbeddingBag(VOCABULARY, WIDTH)
         self.pool = nn.Linear(PIXELS, POOLED)
         self.log_scale = nn.Parameter(torch.tensor(2.0))
+        self.student_widths = {"image": WIDTH, "text": WIDTH}
         if student:
             self.tokens = nn.Linear(PIXELS, TOKENS * 3)
             self.image_head, self.text_head = nn.Linear(WIDTH, TEACHER), nn.Linear(WIDTH, TEACHER)
@@ -63,11 +66,14 @@ class TinyModel(nn.Module):
         z, t = F.normalize(image, dim=1), F.normalize(text, dim=1)
         out = SimpleNamespace(z=z, t=t, v=z, w=t, logit_scale=self.log_scale.exp(), image=None, text=None)
         out.student_tokens = out.image_global = out.text_global = out.text_pooled = None
+        out.student_features = out.image_pooled = None
         if self.has_student:
             out.v, out.image = self._side("image", z)
             out.w, out.text = self._side("text", t)
             out.student_tokens = {"fine": self.tokens(flat).unflatten(1, (TOKENS, 3))}
             out.image_global, out.text_global, out.text_pooled = self.image_head(image), self.text_head(text), text
+            out.student_features = {"fine": image.unsqueeze(1) * torch.arange(1, TOKENS + 1).unsqueeze(1)}
+            out.image_pooled = image
         return out
 
 
@@ -89,22 +95,31 @@ def extras(n: int, *, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def info() -> TargetInfo:
+def measured(**more: Any) -> Measured:
+    """What KD and CRD need to know of the targets."""
+    means = torch.linspace(-1, 1, TOKENS * 3).reshape(TOKENS, 3)
+    mean = torch.linspace(1, 0, TEACHER)
+    return Measured(mean, mean, {"fine": means}, {"fine": 0.4}, **more)
+
+
+def info(told: Measured | None = None) -> TargetInfo:
     steps = torch.tensor([0.01, 0.02, 0.03])
     return TargetInfo(
-        ("fine",), {"fine": steps}, {"gram": {"fine": 0.2}, "rkd": {"fine": 0.1, "global": 0.3}, "global": 0.5}
+        ("fine",), {"fine": steps}, {"gram": {"fine": 0.2}, "rkd": {"fine": 0.1, "global": 0.3}, "global": 0.5}, told
     )
 
 
-def objective(order: int, *, student: bool = True, depth: int = 3, **weights: object) -> Objective:
-    """An objective in float64 whose βs are not 0."""
+def objective(order: int, *, student: bool = True, depth: int = 3, **weights: Any) -> Objective:
+    """An objective in float64 whose βs are not 0; `measured` of the targets is known where a weight asks for it."""
+    asks = weights.get("kd") or weights.get("crd")
+    told = weights.pop("measured", measured() if asks else None)
     found = Objective(
         TinyModel(student=student),  # type: ignore[arg-type]
         order=order,
         transition_depth=depth,
         transition_dim=4,
         weights=LossWeights(**weights),  # type: ignore[arg-type]
-        targets=info() if student else None,
+        targets=info(told) if student else None,
     ).double()
     with torch.no_grad():
         for name, parameter in found.named_parameters():

@@ -7,6 +7,7 @@ import torch
 from tiny_models import SCALES, SIZE, batch, build, shaken
 
 from pipeline.errors import PipeError
+from pipeline.models.stem import conv_stem
 from pipeline.models.student import ImageStudent, TextStudent, area_pooled, native_grid, student_block
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -121,3 +122,38 @@ def test_student_globals_have_the_teachers_width_and_learn_from_it() -> None:
     assert model.student["image"].global_head.weight.grad.abs().sum() > 0
     assert model.student["image"].vit.patch_embed.proj.weight.grad.abs().sum() > 0
     assert model.trunk.clip.token_embedding.weight.grad.abs().sum() > 0  # the text branch reads the trunk's features
+
+
+def test_a_conv_stem_gives_the_same_places_and_sees_what_they_hold():
+    images = torch.randn(2, 3, 64, 64)
+    made = image_student(stem="conv")
+    branch = made(images)
+    assert {name: x.shape for name, x in branch.tokens.items()} == {
+        name: x.shape for name, x in image_student()(images).tokens.items()
+    }
+    stem = made.vit.patch_embed.proj.eval()
+    with torch.no_grad():
+        whole = stem(images)
+        changed = images.clone()
+        changed[:, :, 40:, 40:] += 1.0
+        moved = (stem(changed) - whole).abs().amax(1)[0]
+    assert whole.shape == (2, made.width, 4, 4)
+    assert moved[3, 3] > 1e-3
+    assert moved[0, 0] == 0.0  # a place hears of its surroundings, and of nothing beyond
+    with pytest.raises(PipeError, match="use a patch of 16"):
+        conv_stem(14, 192)
+
+
+def test_avg_pools_the_patch_tokens_and_leaves_no_parameter_without_gradient():
+    student = image_student(pool="avg")
+    images = torch.randn(2, 3, SIZE, SIZE)
+    branch = student(images)
+    with torch.no_grad():
+        pixels = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        x = student.vit._pos_embed(student.vit.patch_embed((pixels - 0.5) / 0.5))
+        for block in student.vit.blocks:
+            x = block(x)
+        expected = student.vit.fc_norm(x[:, 1:].mean(1))
+    torch.testing.assert_close(branch.pooled, expected)
+    (student.predict_global(branch).sum() + sum(x.sum() for x in student.distilled(branch).values())).backward()
+    assert [name for name, p in student.named_parameters() if p.grad is None] == []

@@ -68,3 +68,22 @@ def test_every_trainable_parameter_is_in_exactly_one_group_with_the_right_decay(
     assert where["fusion.image.gamma"]["lr_scale"] == 10.0
     assert where["fusion.image.gamma"]["weight_decay"] == 0.0
     assert where["linear.weight"]["lr_scale"] == 1.0
+
+
+def test_the_student_and_its_heads_may_learn_at_a_rate_of_their_own():
+    module = nn.Module()
+    module.model = nn.ModuleDict({"student": nn.ModuleDict({"image": nn.Linear(3, 2)}), "trunk": nn.Linear(3, 2)})
+    module.heads = nn.Linear(2, 2)
+    module.residuals = nn.ParameterDict({"fine": nn.Parameter(torch.zeros(()))})
+    groups = parameter_groups(module.named_parameters(), weight_decay=0.1, student_scale=3.0)
+    where = {name: (group["lr_scale"], group["weight_decay"]) for group in groups for name in group["names"]}
+    assert where == {
+        "model.student.image.weight": (3.0, 0.1),
+        "model.student.image.bias": (3.0, 0.0),
+        "model.trunk.weight": (1.0, 0.1),
+        "model.trunk.bias": (1.0, 0.0),
+        "heads.weight": (3.0, 0.1),
+        "heads.bias": (3.0, 0.0),
+        "residuals.fine": (10.0, 0.0),
+    }
+    assert len(parameter_groups(module.named_parameters(), weight_decay=0.1)) == 3  # as it always was
