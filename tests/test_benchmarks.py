@@ -37,6 +37,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         ("roi", set()),
         ("decode", {"500_x_375/Pillow/ratio_of_rate_to_Pillow"}),
         ("train_step", {"d_the_step/ratio_of_step"}),
+        ("train_memory", {"whole/ratio_of_cpu_time_to_whole"}),
         ("distillation", {"none/ratio_of_time_to_none", "none/ratio_of_cpu_time_to_none"}),
     ],
 )

@@ -19,7 +19,7 @@ NOT_OF_THE_RECIPE = {
     *("data.permute_targets", "data.second_caption"),
     *("teacher.checkpoint", "teacher.random_weights", "teacher.mean", "teacher.std", "teacher.compile", "teacher.seed"),
     *("teacher.online", "train.channels_last"),
-    *("teacher.model_args", "train.method", "train.seed", "train.max_steps", "train.wandb", "model.fusion"),
+    *("teacher.model_args", "train.method", "train.seed", "train.max_steps", "train.wandb", "train.zero_shot", "model.fusion"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.log_every"),
     *("train.micro_batch_size", "train.grad_checkpointing", "train.compile"),
     *(f"train.ddp.{key}" for key in ("gradient_as_bucket_view", "static_graph", "bucket_cap_mb")),
