@@ -132,7 +132,13 @@ def _train(session: Session, config: Config, data: Data, zero_shot: Any) -> None
         if training.step == plan.total_steps and training.bare.targets is not None:
             same = (batch for batch in validation() if batch.step < even_batches(len(val), batch_size))
             judged = training.bare if training.ema is None else training.ema.module
-            figures |= compare_affinities(judged, initial_model(config, data), same, accelerator.device)
+            figures |= compare_affinities(
+                judged,
+                initial_model(config, data),
+                same,
+                accelerator.device,
+                at_once=config.train.micro_batch_size,
+            )
         return figures
 
     stream = batches(

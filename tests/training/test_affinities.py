@@ -47,7 +47,8 @@ def gram(x):
     return unit @ unit.T
 
 
-def test_both_are_mean_squared_differences_over_all_rows_in_units_of_the_baseline(monkeypatch):
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_both_are_mean_squared_differences_over_all_rows_in_units_of_the_baseline(monkeypatch, at_once):
     monkeypatch.setattr("pipeline.models.trunk_map.TimmModel", Visual)
     info = TargetInfo(("fine",), {"fine": None}, {"gram": {"fine": 0.25}, "rkd": {"fine": 1.0}, "global": 1.0})
     objective = nn.Module()
@@ -55,7 +56,7 @@ def test_both_are_mean_squared_differences_over_all_rows_in_units_of_the_baselin
     objective.model = SimpleNamespace(trunk=SimpleNamespace(clip=SimpleNamespace(visual=Visual())))
     initial = nn.Module()
     initial.student = nn.ModuleDict({"image": Student()})
-    found = compare_affinities(objective, initial, batches(), torch.device("cpu"))
+    found = compare_affinities(objective, initial, batches(), torch.device("cpu"), at_once=at_once)
     expected = {"gram_init/fine": [], "gram_trunk/fine": []}
     for batch in batches():
         for image, target in zip(batch.images.double().numpy(), batch.targets["fine"].double().numpy(), strict=True):
