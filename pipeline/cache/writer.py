@@ -257,4 +257,5 @@ class CacheWriter:
 
 
 def stored_codec(cache: Cache, scale: ScaleInfo) -> ScaleCodec:
+    """The basis and steps that a scale of an existing cache was written with, for more rows of it."""
     return ScaleCodec(scale.dtype, scale.width, cache.basis(scale.name), cache.steps[scale.name], scale.explained)

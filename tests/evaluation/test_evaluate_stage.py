@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,12 @@ from pipeline.data.index import build_manifest
 from pipeline.data.manifest import read_manifest
 from pipeline.errors import PipeError
 from pipeline.evaluation.records import read_records
-from pipeline.models.dinorankclip import DinoRankCLIP, load, save
+from pipeline.models.dinorankclip import load, save
 from pipeline.run_folder import RunFolder, Workspace, read_json, sha256_file, write_json
 from stages import evaluate
 
-TRUNK = {
-    "embed_dim": 16,
-    "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
-STUDENT = {"name": "vit_tiny_patch16_224", "patch": 8, "depth": 2, "text_width": 16, "text_layers": 1}
+sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
+
 SUITE = [
     {"name": "colours", "kind": "zero_shot", "path": "colours"},
     {"name": "colours", "kind": "probe", "path": "colours"},
@@ -34,16 +31,10 @@ SUITE = [
 
 
 def write_run(folder: RunFolder, *, injected: bool, finished: bool = True) -> None:
-    torch.manual_seed(len(folder.name))
-    scales = [{"name": "fine", "grid": 4, "depth_fraction": 1.0}]
-    extra = {"student": STUDENT, "scales": scales, "global_width": 24} if injected else {}
-    model = DinoRankCLIP(trunk=TRUNK, image_size=32, **extra)
-    if injected:
-        with torch.no_grad():
-            for name in ("image", "text"):
-                model.get_parameter(f"fusion.{name}.gamma").fill_(0.3)
+    from small_runs import small_model
+
     folder.path.mkdir(parents=True)
-    save(model, folder.weights, view="crop")
+    save(small_model(injected=injected, seed=len(folder.name)), folder.weights, view="crop")
     method = {"method": "dinorankclip", "order": 3, "fusion": "full"}
     record = method if injected else {"method": "clip", "order": 0, "fusion": "none"}
     checkpoint = {"checkpoint_sha256": sha256_file(folder.weights), "samples_seen": 48, "cache": None, "seed": 0}

@@ -26,20 +26,25 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write_run(path: Path, *, injected: bool = True, finished: bool = True, view: Any = "crop") -> RunFolder:
-    """γ = 0.3 on both sides, where there is an injection."""
-    folder = RunFolder(path)
+def small_model(*, injected: bool, seed: int) -> DinoRankCLIP:
+    """Random weights; γ = 0.3 on both sides, where there is an injection."""
     scales = [{"name": "fine", "grid": 4, "depth_fraction": 1.0}]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
+        torch.manual_seed(seed)
         extra: dict[str, Any] = {"student": STUDENT, "scales": scales, "global_width": 24} if injected else {}
         model = DinoRankCLIP(trunk=TRUNK, image_size=32, **extra)
     if injected:
         with torch.no_grad():
             for name in ("image", "text"):
                 model.get_parameter(f"fusion.{name}.gamma").fill_(0.3)
+    return model
+
+
+def write_run(path: Path, *, injected: bool = True, finished: bool = True, view: Any = "crop") -> RunFolder:
+    """Weights of `small_model`, a configuration and a record."""
+    folder = RunFolder(path)
     folder.path.mkdir(parents=True)
-    save(model, folder.weights, view=view, extra={"run": folder.name})
+    save(small_model(injected=injected, seed=5), folder.weights, view=view, extra={"run": folder.name})
     folder.config.write_text(yaml.safe_dump(CONFIG))
     record: dict[str, Any] = {"method": "dinorankclip", "order": 3, "fusion": "full", "cache": "c" * 64}
     if not injected:
